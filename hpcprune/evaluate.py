@@ -1,0 +1,86 @@
+"""Evaluation: loss and metrics on the test data, each rank on its part; and what an inference costs."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sized
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+from torch.utils.data import Dataset, default_collate
+
+from hpcprune.flops import Flops, count_flops
+from hpcprune.task import Task, to_device
+from hpcprune.world import World, part_of_rank
+
+__all__ = ["evaluate", "inference_seconds", "model_flops"]
+
+TIMED_SAMPLES = 64  # samples in the batch whose inference is timed, where there are as many
+TIMED_RUNS = 15
+
+
+@torch.no_grad()
+def evaluate(task: Task, model: nn.Module, dataset: Dataset[Any], batch_size: int, world: World) -> dict[str, float]:
+    """Mean loss, and the task's metrics, over all samples; the same numbers on every rank.
+
+    Metrics synchronise themselves over torch.distributed, whose group must be open when there are several ranks.
+    """
+    assert isinstance(dataset, Sized)
+    device = next(model.parameters()).device
+    metrics = {name: metric.to(device) for name, metric in task.metrics().items()}
+    low, high = part_of_rank(len(dataset), world)
+    loss = 0.0
+    model.eval()
+    for start in range(low, high, batch_size):
+        stop = min(start + batch_size, high)
+        batch = to_device(default_collate([dataset[index] for index in range(start, stop)]), device)
+        output = task.predict(model, batch)
+        loss += float(task.loss(output, batch)) * (stop - start)
+        task.update(metrics, output, batch)
+    total = world.allreduce(np.array([loss]), "evaluate: loss")
+    return {"loss": float(total[0]) / len(dataset)} | {
+        name: float(metric.compute()) for name, metric in metrics.items()
+    }
+
+
+@torch.no_grad()
+def inference_seconds(task: Task, model: nn.Module, dataset: Dataset[Any]) -> float:
+    """Seconds to infer one sample, as the median over several runs of one batch, on this rank."""
+    batch = _batch(model, dataset)
+    model.eval()
+    seconds = []
+    for _ in range(TIMED_RUNS + 1):
+        start = time.perf_counter()
+        task.predict(model, batch)
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        seconds.append(time.perf_counter() - start)
+    assert isinstance(dataset, Sized)
+    return float(np.median(seconds[1:])) / min(TIMED_SAMPLES, len(dataset))
+
+
+def model_flops(task: Task, model: nn.Module, dataset: Dataset[Any], densities: Mapping[str, float]) -> Flops:
+    """FLOPs to infer one sample, dense and as the survivors need, by layer too."""
+    batch = to_device(default_collate([dataset[0]]), next(model.parameters()).device)
+    flops = count_flops(_Predict(task, model), (batch,), {f"model.{name}": value for name, value in densities.items()})
+    return replace(flops, by_layer={name.removeprefix("model."): value for name, value in flops.by_layer.items()})
+
+
+def _batch(model: nn.Module, dataset: Dataset[Any]) -> Any:
+    assert isinstance(dataset, Sized)
+    samples = [dataset[index] for index in range(min(TIMED_SAMPLES, len(dataset)))]
+    return to_device(default_collate(samples), next(model.parameters()).device)
+
+
+class _Predict(nn.Module):
+    """The task's prediction as a module, so that its FLOPs can be counted however it calls the model."""
+
+    def __init__(self, task: Task, model: nn.Module) -> None:
+        super().__init__()
+        self.task, self.model = task, model
+
+    def forward(self, batch: Any) -> Any:
+        return self.task.predict(self.model, batch)

@@ -1,0 +1,135 @@
+"""The run's folder: what is in it, whose run it holds, and whether it can be written.
+
+runs/mnist/
+  job.yaml            the job as resolved, and the digest that tells this job's run from another's
+  metrics.jsonl       a line for each step and each evaluation
+  checkpoints/        the newest complete steps
+  dense.h5 model.h5   the network before and after
+  report.html         report.json is written last: a folder that has it holds a complete run
+  report.json
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO, Any
+
+from hpcprune.errors import JobError
+from hpcprune.job import Job, differences, load_job
+
+__all__ = ["RunFolder"]
+
+_DIGEST = "# digest: "
+
+
+class RunFolder:
+    """The paths of a run, and the guard of what is already there."""
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        self.job = self.path / "job.yaml"
+        self.metrics = self.path / "metrics.jsonl"
+        self.checkpoints = self.path / "checkpoints"
+        self.dense = self.path / "dense.h5"
+        self.model = self.path / "model.h5"
+        self.html = self.path / "report.html"
+        self.report = self.path / "report.json"
+        self._lock: IO[str] | None = None
+        self._metrics: IO[str] | None = None
+
+    @property
+    def complete(self) -> bool:
+        """Whether the run in it has ended."""
+        return self.report.is_file()
+
+    def check(self, job: Job) -> None:
+        """Raise JobError if the folder holds anything but a run of this job, or cannot be written."""
+        if not self.path.exists():
+            parent = next(parent for parent in self.path.absolute().parents if parent.exists())
+            if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
+                raise JobError(f"out: {self.path} cannot be made: {parent} is not a writable folder; choose another")
+            return
+        if not self.path.is_dir():
+            raise JobError(f"out: {self.path} is not a folder; choose another with --out")
+        if not self.job.is_file():
+            if any(self.path.iterdir()):
+                raise JobError(
+                    f"out: {self.path} is not empty and holds no run (no job.yaml); choose another folder with --out"
+                )
+        elif self._digest() != job.digest():
+            raise JobError(
+                f"out: {self.path} holds the run of another job ({self._what_differs(job)}); choose another folder "
+                f"with --out, or remove it: rm -r {self.path}"
+            )
+        if not self.complete and not os.access(self.path, os.W_OK | os.X_OK):
+            raise JobError(f"out: {self.path} is not writable; choose another folder with --out")
+
+    def open(self, job: Job, needed: int) -> None:
+        """Make the folder and write job.yaml, unless they are there. `needed`: bytes that the run will write at least.
+
+        Raises:
+            JobError: it cannot be written, the disk has less room than needed, or another process runs in it.
+        """
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            free = shutil.disk_usage(self.path).free
+            if free < needed:
+                raise JobError(
+                    f"out: {self.path} has {free / 1e6:.1f} MB of room, and a checkpoint needs {needed / 1e6:.1f} MB; "
+                    "make room, or choose another folder with --out"
+                )
+            if not self.job.exists():
+                text = f"{_DIGEST}{job.digest()}\n{job.to_yaml(beside=self.path)}"
+                new = self.job.with_suffix(".new")
+                new.write_text(text)
+                new.replace(self.job)
+            self._lock = self.job.open()
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise JobError(f"out: another process is running in {self.path}; wait for it, or choose another") from None
+        except OSError as error:
+            raise JobError(f"out: {self.path} cannot be written: {error.strerror}; choose another folder") from None
+
+    def open_metrics(self, length: int) -> None:
+        """Open metrics.jsonl for more lines behind its first `length` bytes; what was behind them is cut off."""
+        self._metrics = self.metrics.open("a")
+        self._metrics.truncate(min(length, self.metrics.stat().st_size))
+
+    def write_metrics(self, line: dict[str, Any]) -> None:
+        """Append a line to metrics.jsonl."""
+        assert self._metrics is not None
+        self._metrics.write(json.dumps(line) + "\n")
+
+    def flush_metrics(self) -> int:
+        """Bring all lines to the file; its length in bytes."""
+        assert self._metrics is not None
+        try:
+            self._metrics.flush()
+        except OSError as error:
+            raise JobError(
+                f"{self.metrics}: {error.strerror}; make room and run the same command again: it goes on from the last "
+                "checkpoint"
+            ) from None
+        return self.metrics.stat().st_size
+
+    def read_metrics(self) -> Iterator[dict[str, Any]]:
+        """The lines of metrics.jsonl."""
+        with self.metrics.open() as lines:
+            for line in lines:
+                yield json.loads(line)
+
+    def _digest(self) -> str:
+        first = self.job.read_text(errors="replace").partition("\n")[0]
+        return first.removeprefix(_DIGEST)
+
+    def _what_differs(self, job: Job) -> str:
+        try:
+            different = differences(load_job(self.job), job)
+        except JobError:
+            return "its job.yaml cannot be read"
+        return ", ".join(different[:4]) or "the task's file has changed since"

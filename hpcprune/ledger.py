@@ -1,0 +1,75 @@
+"""The ledger: where a run stands and what it has done so far, as plain data.
+
+It is written into every checkpoint as it is, so whatever the report needs of the past must be in here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, fields
+from time import perf_counter
+from typing import Any
+
+__all__ = ["Ledger"]
+
+
+@dataclass
+class Ledger:
+    """A run's position and history. Everything in it is JSON."""
+
+    round: int = 0
+    """0 is the dense network's training; from 1 on, the rounds."""
+    step: int = 0
+    """Optimizer steps done in this round."""
+    complete: bool = False
+    """Whether this round is trained and evaluated."""
+    run_step: int = 0
+    """Optimizer steps and prunings done in the run: it numbers the checkpoints."""
+    evaluations: list[dict[str, Any]] = field(default_factory=list)
+    stages: list[dict[str, Any]] = field(default_factory=list)
+    exchange: list[dict[str, Any]] = field(default_factory=list)
+    thresholds: dict[str, float] = field(default_factory=dict)
+    dense: dict[str, Any] = field(default_factory=dict)
+    """The dense network's costs and the histogram of its weights."""
+    resumed: list[int] = field(default_factory=list)
+    """The run steps from which the run was gone on with."""
+    metrics_bytes: int = 0
+    """How long metrics.jsonl was at this point."""
+
+    @classmethod
+    def read(cls, values: Mapping[str, Any]) -> Ledger:
+        """The ledger that `as_dict` gave."""
+        return cls(**{each.name: values[each.name] for each in fields(cls)})
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @contextmanager
+    def timed(self, stage: str) -> Iterator[None]:
+        """Add the seconds inside to a stage of this round."""
+        start = perf_counter()
+        try:
+            yield
+        finally:
+            self.add_seconds(stage, perf_counter() - start)
+
+    def add_seconds(self, stage: str, seconds: float) -> None:
+        for entry in self.stages:
+            if (entry["name"], entry["round"]) == (stage, self.round):
+                entry["seconds"] += seconds
+                return
+        self.stages.append({"name": stage, "round": self.round, "seconds": seconds})
+
+    def add_exchange(self, dense: int, sent: int) -> None:
+        """Count one step's exchange: the bytes it would have been without pruning, and the bytes that it was."""
+        if not self.exchange or self.exchange[-1]["round"] != self.round:
+            self.exchange.append({"round": self.round, "steps": 0, "bytes_dense": 0, "bytes_sent": 0})
+        entry = self.exchange[-1]
+        entry["steps"] += 1
+        entry["bytes_dense"] += dense
+        entry["bytes_sent"] += sent
+
+    def seconds(self, stage: str) -> float:
+        """Seconds that this round has spent in a stage."""
+        return sum(e["seconds"] for e in self.stages if (e["name"], e["round"]) == (stage, self.round))

@@ -1,0 +1,108 @@
+"""Snapshots: a model under masks, as the plain data that a checkpoint holds, and back."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from hpcprune.checkpoint import LayerState, State, StepState, TensorState
+from hpcprune.masks import Masks
+from hpcprune.tensors import dtype_name, to_array, to_tensor
+
+__all__ = ["averaged_buffers", "own_buffers", "restore_masks", "restore_model", "snapshot"]
+
+
+def snapshot(
+    model: nn.Module,
+    masks: Masks,
+    about: Mapping[str, Any],
+    attributes: Mapping[str, Mapping[str, str | float]],
+    optimizer: Mapping[str, Tensor],
+    buffers: Mapping[str, Tensor],
+    own: Mapping[str, Tensor],
+) -> State:
+    """The state of a run as a checkpoint holds it. Arrays share the model's memory where they can.
+
+    Args:
+        about: what describes the run, in JSON's types.
+        attributes: by layer, what a reader should see beside it.
+        optimizer: the optimizer's tensors by name; empty in a result.
+        buffers: the model's buffers, the same on every rank.
+        own: this rank's buffers as it trains with them; empty in a result.
+    """
+    parameters = dict(model.named_parameters())
+    layers = {}
+    for layer in masks.layers:
+        pruned = masks.survivors[layer.name] < layer.weights
+        layers[layer.name] = LayerState(
+            shape=layer.shape,
+            dtype=layer.dtype,
+            values=to_array(parameters[layer.name]).reshape(-1),
+            mask=masks.bits(layer.name) if pruned else None,
+            attributes=dict(attributes.get(layer.name, {})),
+        )
+    tensors = {f"parameters/{name}": value for name, value in parameters.items() if name not in layers}
+    tensors |= {f"buffers/{name}": value for name, value in buffers.items()}
+    tensors |= {f"optimizer/{name}": value for name, value in optimizer.items()}
+    return State(
+        about=dict(about),
+        layers=layers,
+        tensors={name: _stored(value) for name, value in tensors.items()},
+        own={name: _stored(value) for name, value in own.items()},
+    )
+
+
+def own_buffers(model: nn.Module) -> dict[str, Tensor]:
+    """The model's buffers that a state dict would hold, copied."""
+    kept = model.state_dict()
+    return {name: buffer.detach().clone() for name, buffer in model.named_buffers() if name in kept}
+
+
+def averaged_buffers(step: StepState) -> dict[str, Tensor]:
+    """The buffers that all ranks of a step agreed on."""
+    prefix = "buffers/"
+    return {k.removeprefix(prefix): to_tensor(t.array, t.dtype) for k, t in step.tensors.items() if k.startswith(prefix)}
+
+
+def restore_masks(step: StepState, masks: Masks) -> Masks:
+    """The masks of a step, for the layers of `masks`."""
+    bits = []
+    for layer in masks.layers:
+        stored = step.layers[layer.name].mask
+        bits.append(masks.full([layer]).bits(layer.name) if stored is None else np.ascontiguousarray(stored))
+    return Masks(masks.layers, bits)
+
+
+@torch.no_grad()
+def restore_model(step: StepState, model: nn.Module, rank: int, ranks: int) -> dict[str, Tensor]:
+    """Set the model's weights and buffers to a step's, and return the optimizer's tensors.
+
+    On as many ranks as wrote the step each takes its own buffers; on another number all take the agreed ones.
+    """
+    for name, parameter in model.named_parameters():
+        if name in step.layers:
+            layer = step.layers[name]
+            parameter.copy_(to_tensor(layer.values, layer.dtype).reshape(layer.shape))
+        else:
+            stored = step.tensors[f"parameters/{name}"]
+            parameter.copy_(to_tensor(stored.array, stored.dtype))
+    agreed = averaged_buffers(step)
+    if ranks == len(step.own):
+        agreed |= {name: to_tensor(stored.array, stored.dtype) for name, stored in step.own[rank].items()}
+    for name, buffer in model.named_buffers():
+        if name in agreed:
+            buffer.copy_(agreed[name])
+    prefix = "optimizer/"
+    return {
+        key.removeprefix(prefix): to_tensor(stored.array.copy(), stored.dtype)
+        for key, stored in step.tensors.items()
+        if key.startswith(prefix)
+    }
+
+
+def _stored(tensor: Tensor) -> TensorState:
+    return TensorState(to_array(tensor), dtype_name(tensor))
