@@ -15,8 +15,9 @@ from torch import nn
 
 from hpcprune.errors import JobError
 from hpcprune.shards import Layer
+from hpcprune.tensors import dtype_name
 
-__all__ = ["dtype_name", "find_layers"]
+__all__ = ["find_layers"]
 
 _CONVOLUTIONS = (
     nn.Conv1d,
@@ -27,11 +28,6 @@ _CONVOLUTIONS = (
     nn.ConvTranspose3d,
 )
 _ATTENTION_WEIGHTS = ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight")
-
-
-def dtype_name(tensor: nn.Parameter) -> str:
-    """A tensor's dtype as files and messages write it: float32, bfloat16, ..."""
-    return str(tensor.dtype).removeprefix("torch.")
 
 
 def find_layers(model: nn.Module, include: Sequence[str] = ("*",), exclude: Sequence[str] = ()) -> list[Layer]:

@@ -72,4 +72,4 @@ class Ledger:
 
     def seconds(self, stage: str) -> float:
         """Seconds that this round has spent in a stage."""
-        return sum(e["seconds"] for e in self.stages if (e["name"], e["round"]) == (stage, self.round))
+        return float(sum(e["seconds"] for e in self.stages if (e["name"], e["round"]) == (stage, self.round)))

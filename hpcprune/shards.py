@@ -8,6 +8,7 @@ one is near, else between any two weights. Nothing here needs torch or MPI: any 
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -58,7 +59,7 @@ def deal(layers: Sequence[Layer], ranks: int) -> list[list[Span]]:
         edges.append(edges[-1] + layer.weights)
     fair = edges[-1] / ranks
     cuts = [0, *(_snap(round(rank * fair), fair, layers, edges) for rank in range(1, ranks)), edges[-1]]
-    return [_spans(start, max(start, stop), edges) for start, stop in zip(cuts, cuts[1:], strict=False)]
+    return [_spans(start, max(start, stop), edges) for start, stop in itertools.pairwise(cuts)]
 
 
 def imbalance(shards: Sequence[Sequence[Span]]) -> float:
@@ -69,7 +70,7 @@ def imbalance(shards: Sequence[Sequence[Span]]) -> float:
 
 def _snap(cut: int, fair: float, layers: Sequence[Layer], edges: Sequence[int]) -> int:
     slack = SNAP * fair
-    for start, stop, layer in zip(edges, edges[1:], layers, strict=False):
+    for (start, stop), layer in zip(itertools.pairwise(edges), layers, strict=True):
         if start <= cut < stop:
             if min(cut - start, stop - cut) <= slack:
                 return start if cut - start <= stop - cut else stop
@@ -83,7 +84,7 @@ def _snap(cut: int, fair: float, layers: Sequence[Layer], edges: Sequence[int]) 
 
 def _spans(first: int, last: int, edges: Sequence[int]) -> list[Span]:
     spans = []
-    for number, (start, stop) in enumerate(zip(edges, edges[1:], strict=False)):
+    for number, (start, stop) in enumerate(itertools.pairwise(edges)):
         low, high = max(first, start), min(last, stop)
         if low < high:
             spans.append(Span(number, low - start, high - start))

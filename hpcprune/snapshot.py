@@ -13,7 +13,7 @@ from hpcprune.checkpoint import LayerState, State, StepState, TensorState
 from hpcprune.masks import Masks
 from hpcprune.tensors import dtype_name, to_array, to_tensor
 
-__all__ = ["averaged_buffers", "own_buffers", "restore_masks", "restore_model", "snapshot"]
+__all__ = ["load_buffers", "own_buffers", "restore_masks", "restore_model", "snapshot"]
 
 
 def snapshot(
@@ -45,7 +45,7 @@ def snapshot(
             mask=masks.bits(layer.name) if pruned else None,
             attributes=dict(attributes.get(layer.name, {})),
         )
-    tensors = {f"parameters/{name}": value for name, value in parameters.items() if name not in layers}
+    tensors: dict[str, Tensor] = {f"parameters/{name}": p for name, p in parameters.items() if name not in layers}
     tensors |= {f"buffers/{name}": value for name, value in buffers.items()}
     tensors |= {f"optimizer/{name}": value for name, value in optimizer.items()}
     return State(
@@ -62,10 +62,12 @@ def own_buffers(model: nn.Module) -> dict[str, Tensor]:
     return {name: buffer.detach().clone() for name, buffer in model.named_buffers() if name in kept}
 
 
-def averaged_buffers(step: StepState) -> dict[str, Tensor]:
-    """The buffers that all ranks of a step agreed on."""
-    prefix = "buffers/"
-    return {k.removeprefix(prefix): to_tensor(t.array, t.dtype) for k, t in step.tensors.items() if k.startswith(prefix)}
+@torch.no_grad()
+def load_buffers(model: nn.Module, buffers: Mapping[str, Tensor]) -> None:
+    """Set the model's buffers to what `own_buffers` gave."""
+    for name, buffer in model.named_buffers():
+        if name in buffers:
+            buffer.copy_(buffers[name])
 
 
 def restore_masks(step: StepState, masks: Masks) -> Masks:
@@ -90,15 +92,17 @@ def restore_model(step: StepState, model: nn.Module, rank: int, ranks: int) -> d
         else:
             stored = step.tensors[f"parameters/{name}"]
             parameter.copy_(to_tensor(stored.array, stored.dtype))
-    agreed = averaged_buffers(step)
+    agreed = _tensors(step, "buffers/")
     if ranks == len(step.own):
         agreed |= {name: to_tensor(stored.array, stored.dtype) for name, stored in step.own[rank].items()}
-    for name, buffer in model.named_buffers():
-        if name in agreed:
-            buffer.copy_(agreed[name])
-    prefix = "optimizer/"
+    load_buffers(model, agreed)
+    return _tensors(step, "optimizer/")
+
+
+def _tensors(step: StepState, prefix: str) -> dict[str, Tensor]:
+    """A step's tensors whose names begin with `prefix`, by what follows it."""
     return {
-        key.removeprefix(prefix): to_tensor(stored.array.copy(), stored.dtype)
+        key.removeprefix(prefix): to_tensor(stored.array, stored.dtype)
         for key, stored in step.tensors.items()
         if key.startswith(prefix)
     }

@@ -183,9 +183,7 @@ def build_data(task: Task, ranks: int) -> Data:
 def _run_file(path: Path) -> ModuleType:
     if not path.is_file():
         near = sorted(other.name for other in path.parent.glob("*.py")) if path.parent.is_dir() else []
-        hint = (
-            f"beside the job file there is: {', '.join(near)}" if near else "there is no .py file beside the job file"
-        )
+        hint = f"beside the job file there is: {', '.join(near)}" if near else "no .py file is beside the job file"
         raise TaskError(f"task: no such file: {path}; {hint}")
     name = f"hpcprune_task_{path.stem}"
     spec = importlib.util.spec_from_file_location(name, path)

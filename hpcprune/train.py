@@ -161,7 +161,7 @@ def make_optimizer(parameters: list[nn.Parameter], spec: Optimizer) -> torch.opt
             nesterov=spec.nesterov,
             weight_decay=spec.weight_decay,
         )
-    kind = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[spec.name]
+    kind: type[torch.optim.Adam] = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[spec.name]
     return kind(parameters, lr=spec.lr, betas=spec.betas, weight_decay=spec.weight_decay)
 
 

@@ -19,10 +19,17 @@ __all__ = ["CRITERIA", "Criterion"]
 
 
 class Criterion(Protocol):
-    """What a criterion has. `absolute`: the scores' magnitudes count; they are taken on the fly and never stored."""
+    """What a criterion has."""
 
-    name: str
-    absolute: bool
+    @property
+    def name(self) -> str:
+        """Its name in the job file."""
+        ...
+
+    @property
+    def absolute(self) -> bool:
+        """Whether the scores' magnitudes count; they are taken on the fly and never stored."""
+        ...
 
     def scores(self, weights: torch.Tensor) -> torch.Tensor:
         """A score for each of a layer's weights (any shape and float dtype): a tensor of the same shape."""

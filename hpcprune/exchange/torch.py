@@ -15,6 +15,7 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch._C._distributed_c10d import TCPStore
 
 from hpcprune.errors import WorldError
 from hpcprune.exchange import Pending
@@ -53,11 +54,11 @@ class TorchExchange:
         address, port, store = "", 0, None
         if world.rank == 0:
             address = "127.0.0.1" if one_host else _own_address()
-            store = dist.TCPStore(address, 0, world.size, True, timeout, wait_for_workers=False)
+            store = TCPStore(address, 0, world.size, True, timeout, wait_for_workers=False)
             port = store.port
         address, port = world.bcast((address, port), "exchange: rendezvous")
         if store is None:
-            store = dist.TCPStore(address, port, world.size, False, timeout, wait_for_workers=False)
+            store = TCPStore(address, port, world.size, False, timeout, wait_for_workers=False)
         dist.init_process_group(self.name, store=store, rank=world.rank, world_size=world.size, timeout=timeout)
 
     def begin(self, buffer: Tensor, what: str) -> Pending:

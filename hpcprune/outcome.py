@@ -1,0 +1,154 @@
+"""The outcome of a run as one plain dict, which is report.json and what the report is drawn from."""
+
+from __future__ import annotations
+
+import datetime
+import os
+import platform
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from hpcprune.evaluate import inference_seconds, model_flops
+from hpcprune.folder import RunFolder
+from hpcprune.host import cpu_name, peak_memory, versions
+from hpcprune.job import Job
+from hpcprune.ledger import Ledger
+from hpcprune.masks import Masks
+from hpcprune.prepare import Prepared
+from hpcprune.report import Report
+from hpcprune.shards import imbalance
+from hpcprune.world import World
+
+__all__ = ["build_report", "measure_costs", "rank_load", "weight_histogram"]
+
+BINS = 80
+WIDTH = 4.0  # the histogram ends at this many standard deviations of the dense weights
+
+
+def measure_costs(prepared: Prepared, masks: Masks, file: Path | None, epoch_seconds: float | None) -> dict[str, Any]:
+    """What the network costs as it is now. `file` is where it lies on disk."""
+    model = prepared.model
+    densities = {layer.name: masks.survivors[layer.name] / layer.weights for layer in masks.layers}
+    flops = model_flops(prepared.task, model, prepared.data.test, densities)
+    return {
+        "nonzeros": sum(int(torch.count_nonzero(parameter)) for parameter in model.parameters()),
+        "parameters": sum(parameter.numel() for parameter in model.parameters()),
+        "flops": flops.survivors,
+        "bytes_disk": file.stat().st_size if file is not None else None,
+        "bytes_memory": prepared.dense_bytes,
+        "seconds_per_sample": inference_seconds(prepared.task, model, prepared.data.test),
+        "seconds_per_epoch": epoch_seconds,
+    }
+
+
+def weight_histogram(model: nn.Module, masks: Masks, edges: Iterable[float] | None = None) -> dict[str, list[Any]]:
+    """How many survivors lie between edges (BINS of them if none are given); those beyond count at the ends."""
+    parameters = dict(model.named_parameters())
+    if edges is None:
+        spread = [parameters[name].detach().double().square().sum().item() for name in masks]
+        limit = WIDTH * (sum(spread) / masks.weights) ** 0.5 or 1.0
+        edges = np.linspace(-limit, limit, BINS + 1)
+    borders = np.asarray(list(edges))
+    counts = np.zeros(len(borders) - 1, np.int64)
+    for name in masks:
+        values = parameters[name].detach().cpu()[masks[name]].float().clamp(borders[0], borders[-1])
+        counts += np.histogram(values.numpy(), borders)[0]
+    return {"edges": borders.tolist(), "counts": counts.tolist()}
+
+
+def rank_load(prepared: Prepared, ledger: Ledger, world: World) -> list[dict[str, Any]]:
+    """What each rank had to do, for all ranks. Collective."""
+
+    def seconds(*names: str) -> float:
+        return float(sum(stage["seconds"] for stage in ledger.stages if stage["name"] in names))
+
+    own = {
+        "rank": world.rank,
+        "host": platform.node(),
+        "weights_scored": sum(span.weights for span in prepared.shards[world.rank]),
+        "score_seconds": seconds("score", "threshold", "masks"),
+        "train_seconds": seconds("train", "retrain"),
+        "wait_seconds": world.seconds_waited,
+        "peak_memory_bytes": peak_memory(),
+    }
+    return world.allgather(own, "report: loads")
+
+
+def build_report(
+    job: Job,
+    prepared: Prepared,
+    masks: Masks,
+    ledger: Ledger,
+    folder: RunFolder,
+    loads: list[dict[str, Any]],
+    pruned: dict[str, Any],
+    sha256: str,
+) -> Report:
+    """Put the report of a finished run together, on rank 0."""
+    densities = {layer.name: masks.survivors[layer.name] / layer.weights for layer in masks.layers}
+    flops = model_flops(prepared.task, prepared.model, prepared.data.test, densities)
+    histogram = weight_histogram(prepared.model, masks, ledger.dense["histogram"]["edges"])
+    layers = []
+    for layer in masks.layers:
+        dense, survivors = flops.by_layer.get(layer.name, (0, 0))
+        layers.append(
+            {
+                "name": layer.name,
+                "shape": list(layer.shape),
+                "dtype": layer.dtype,
+                "weights": layer.weights,
+                "nonzeros": masks.survivors[layer.name],
+                "sparsity": 1 - densities[layer.name],
+                "threshold": ledger.thresholds.get(layer.name),
+                "flops_dense": dense,
+                "flops_survivors": survivors,
+            }
+        )
+    exchanges = ledger.exchange
+    return {
+        "format": 1,
+        "job": job.model_dump(mode="json"),
+        "out": str(folder.path),
+        "versions": versions(),
+        "created": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "host": {"cpu": cpu_name(), "cores": os.cpu_count() or 1},
+        "ranks": len(loads),
+        "threads": prepared.threads,
+        "resumed": ledger.resumed,
+        "model": {
+            "class": type(prepared.model).__name__,
+            "parameters": sum(parameter.numel() for parameter in prepared.model.parameters()),
+            "prunable": masks.weights,
+        },
+        "primary": prepared.task.primary,
+        "higher_is_better": prepared.task.higher_is_better,
+        "layers": layers,  # type: ignore[typeddict-item]
+        "evaluations": ledger.evaluations,  # type: ignore[typeddict-item]
+        "costs": {"dense": ledger.dense["costs"], "pruned": pruned},  # type: ignore[dict-item]
+        "exchange": {
+            "steps": sum(each["steps"] for each in exchanges),
+            "bytes_dense": sum(each["bytes_dense"] for each in exchanges),
+            "bytes_sent": sum(each["bytes_sent"] for each in exchanges),
+            "by_round": exchanges,  # type: ignore[typeddict-item]
+        },
+        "stages": ledger.stages,  # type: ignore[typeddict-item]
+        "rank_loads": loads,  # type: ignore[typeddict-item]
+        "imbalance": imbalance(prepared.shards),
+        "curve": [
+            {"step": line["run_step"], "stage": line["stage"], "round": line["round"], "loss": line["loss"]}
+            for line in folder.read_metrics()
+            if line["kind"] == "step"
+        ],
+        "histograms": {
+            "edges": histogram["edges"],
+            "dense": ledger.dense["histogram"]["counts"],
+            "pruned": histogram["counts"],
+        },
+        "mask_hash": masks.hash,
+        "model_file": {"path": str(folder.model), "bytes": folder.model.stat().st_size, "sha256": sha256},
+    }

@@ -1,0 +1,91 @@
+"""The plan of a run: who scores what, how much travels, and what memory a rank needs, before anything runs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from rich.console import Console
+from rich.table import Table
+
+from hpcprune.job import Job
+from hpcprune.prepare import Prepared
+from hpcprune.schedule import pruned_count
+from hpcprune.shards import Layer, Span, deal, imbalance
+from hpcprune.world import as_ranges
+
+__all__ = ["Plan", "make_plan", "print_plan"]
+
+MOMENTS = {"sgd": 1, "adam": 2, "adamw": 2}  # tensors that the optimizer keeps for each weight
+INDEX_BYTES = 8  # of a survivor's place in its layer
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Shards, and bytes a rank sends and holds at the job's final sparsity."""
+
+    layers: Sequence[Layer]
+    shards: Sequence[Sequence[Span]]
+    imbalance: float
+    mask_bytes: int
+    step_bytes_dense: int
+    step_bytes: int
+    weight_bytes: int
+    memory_bytes: int
+
+
+def make_plan(job: Job, prepared: Prepared, ranks: int) -> Plan:
+    """Plan the job's run on a number of ranks."""
+    layers, shards = prepared.layers, deal(prepared.layers, ranks)
+    trained = [parameter for parameter in prepared.model.parameters() if parameter.requires_grad]
+    dense = sum(parameter.numel() * parameter.element_size() for parameter in trained)
+    weights = sum(layer.weights for layer in layers)
+    width = dense / max(1, sum(parameter.numel() for parameter in trained))
+    gone = pruned_count(weights, job.prune.sparsity)
+    sent = dense - round(gone * width)
+    optimizer = job.retrain.optimizer
+    moments = 0 if optimizer.name == "sgd" and not optimizer.momentum else MOMENTS[optimizer.name]
+    masks = sum((layer.weights + 7) // 8 for layer in layers)
+    # Dense weights and gradients; packed weights, gradients and moments; the survivors' places; the masks.
+    memory = prepared.dense_bytes + dense + sent * (2 + moments) + (weights - gone) * INDEX_BYTES + masks
+    return Plan(layers, shards, imbalance(shards), masks, dense, sent, prepared.dense_bytes, memory)
+
+
+def print_plan(plan: Plan, console: Console) -> None:
+    """Print the plan as a table of ranks and a few lines."""
+    table = Table(title=f"{len(plan.layers)} layers over {len(plan.shards)} ranks", title_justify="left")
+    for heading, justify in (("rank", "right"), ("weights", "right"), ("share", "right"), ("scores", "left")):
+        table.add_column(heading, justify=justify, overflow="fold")  # type: ignore[arg-type]
+    total = sum(layer.weights for layer in plan.layers)
+    for rank, shard in enumerate(plan.shards):
+        weights = sum(span.weights for span in shard)
+        table.add_row(str(rank), f"{weights:,}", f"{weights / total:.1%}", _describe(shard, plan.layers))
+    console.print(table)
+    sent, dense = _mb(plan.step_bytes), _mb(plan.step_bytes_dense)
+    lines = {
+        "imbalance": f"{plan.imbalance:.3f} (the largest shard over the mean)",
+        "masks, each pruning": f"{_mb(plan.mask_bytes)} to every rank; the threshold under 1 MB",
+        "gradients, each step": f"{sent} a rank at the final sparsity; dense {dense}",
+        "memory a rank": f"about {_mb(plan.memory_bytes)} to retrain, without activations and data",
+    }
+    for name, text in lines.items():
+        console.print(f"{name + ':':22} {text}", highlight=False)
+
+
+def _describe(shard: Sequence[Span], layers: Sequence[Layer]) -> str:
+    """The spans in words: whole layers by name, parts with their rows where they begin and end at one."""
+    words = []
+    for span in shard:
+        layer = layers[span.layer]
+        if span.weights == layer.weights:
+            words.append(layer.name)
+        elif span.start % layer.row == 0 and span.stop % layer.row == 0:
+            rows = as_ranges(range(span.start // layer.row, span.stop // layer.row))
+            words.append(f"{layer.name} rows {rows}")
+        else:
+            words.append(f"{layer.name} weights {span.start}-{span.stop - 1}")
+    return ", ".join(words) or "nothing: there are more ranks than parts"
+
+
+def _mb(size: int) -> str:
+    return f"{size / 1e6:,.2f} MB"

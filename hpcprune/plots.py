@@ -1,0 +1,398 @@
+"""The figures of report.html, as SVG text for a page that may be light or dark.
+
+One function a figure: it takes the report and gives an `<svg>` element, or "" where there is nothing to draw.
+matplotlib draws in stand-in colours, one a role, which become CSS variables afterwards; text stays text, in the
+page's font. Blue is the pruned network, grey the dense one; what is compared differs in lightness and form as well as
+in hue.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+import re
+import warnings
+from collections.abc import Callable
+from html import escape
+from itertools import pairwise
+from typing import Any
+
+import matplotlib
+import numpy as np
+import numpy.typing as npt
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import EngFormatter, FuncFormatter, MaxNLocator, NullFormatter
+
+from hpcprune.report import (
+    CurvePoint,
+    Evaluation,
+    Report,
+    as_count,
+    as_percent,
+    as_seconds,
+    is_share,
+    plain,
+)
+
+__all__ = ["layers", "load", "loss", "over_rounds", "over_sparsity", "stages", "weights"]
+
+_ROLES = ("ink", "muted", "line", "dense", "pruned", "other", "band")
+INK, MUTED, LINE, DENSE, PRUNED, OTHER, BAND = COLOURS = [f"#0102{i:02x}" for i, _ in enumerate(_ROLES)]
+DASHES = (0, (4, 3))
+Column = npt.NDArray[np.float64]
+_STYLE: Any = {
+    "svg.fonttype": "none",
+    "svg.hashsalt": "hpcprune",
+    "text.parse_math": False,
+    "font.size": 10.5,
+    "text.color": INK,
+    "axes.edgecolor": LINE,
+    "axes.facecolor": "none",
+    "figure.facecolor": "none",
+    "axes.labelcolor": MUTED,
+    "axes.titlecolor": MUTED,
+    "axes.titlesize": 10.5,
+    "axes.titlelocation": "left",
+    "axes.titlepad": 8,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.spines.left": False,
+    "axes.grid": True,
+    "axes.grid.axis": "y",
+    "axes.axisbelow": True,
+    "axes.unicode_minus": True,
+    "grid.color": LINE,
+    "grid.linewidth": 0.7,
+    "xtick.color": LINE,
+    "ytick.color": LINE,
+    "xtick.labelcolor": MUTED,
+    "ytick.labelcolor": MUTED,
+    "ytick.major.size": 0,
+    "ytick.minor.size": 0,
+    "legend.frameon": False,
+    "legend.fontsize": 10.5,
+    "legend.handlelength": 1.4,
+    "legend.borderaxespad": 0,
+    "legend.borderpad": 0,
+    "lines.linewidth": 1.8,
+    "lines.markersize": 5,
+    "hatch.linewidth": 0.7,
+}
+# From here on bars stand side by side with an index below them instead of a name beside each.
+NAMED_LAYERS = 32
+# A wider curve than this has more points than its figure has pixels.
+CURVE_POINTS = 400
+
+
+def over_sparsity(report: Report) -> str:
+    """The primary metric after retraining, over sparsity; the dense network is the dashed line."""
+    name = report["primary"]
+    scale, unit = (100, ", %") if is_share(name) else (1, "")
+    found = [
+        (e["sparsity"], value)
+        for e in report["evaluations"]
+        if (value := _metric(e, name)) is not None and e["when"] != "pruned"
+    ]
+    if not found:
+        return ""
+    found.sort()
+
+    def draw(figure: Figure) -> None:
+        axes = figure.subplots()
+        axes.set_title(plain(name) + unit)
+        axes.set_xlabel("sparsity, %")
+        axes.plot([100 * s for s, _ in found], [scale * v for _, v in found], color=PRUNED, marker="o")
+        _baseline(axes, report, scale)
+        axes.margins(x=0.04, y=0.18)
+        if len({s for s, _ in found}) == 1:
+            axes.set_xlim(-4, 104)
+
+    return _svg("over-sparsity", f"{name} over sparsity, after retraining", draw)
+
+
+def over_rounds(report: Report) -> str:
+    """The primary metric right after pruning and after retraining, round by round."""
+    name = report["primary"]
+    scale, unit = (100, ", %") if is_share(name) else (1, "")
+    kinds: tuple[tuple[str, str, str, str, str], ...] = (
+        ("pruned", "pruned", OTHER, "v", "none"),
+        ("retrained", "retrained", PRUNED, "o", "-"),
+    )
+    found = {
+        when: [
+            (e["round"], scale * v)
+            for e in report["evaluations"]
+            if e["when"] == when and (v := _metric(e, name)) is not None
+        ]
+        for when, *_ in kinds
+    }
+    if not any(found.values()):
+        return ""
+
+    def draw(figure: Figure) -> None:
+        axes = figure.subplots()
+        axes.set_title(plain(name) + unit)
+        axes.set_xlabel("round")
+        after = dict(found["retrained"])
+        for number, value in found["pruned"]:
+            if number in after:  # what retraining won back
+                axes.plot([number, number], [value, after[number]], color=LINE, linewidth=1.2, zorder=1)
+        for when, label, colour, marker, line in kinds:
+            if found[when]:
+                face = colour if when == "retrained" else "none"
+                axes.plot(
+                    *zip(*found[when], strict=True),
+                    color=colour,
+                    marker=marker,
+                    linestyle=line,
+                    label=label,
+                    markerfacecolor=face,
+                )
+        _baseline(axes, report, scale)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=10, min_n_ticks=1))
+        axes.margins(x=0.06, y=0.14)
+        figure.legend(loc="outside upper left", ncols=3)
+
+    return _svg("over-rounds", f"{name} by round, before and after retraining", draw)
+
+
+def layers(report: Report) -> str:
+    """Sparsity of every layer, in the order of the model, with its number of weights while there is room for it."""
+    found = report["layers"]
+    if not found:
+        return ""
+    names = [plain(layer["name"]) for layer in found]
+    values = [100 * layer["sparsity"] for layer in found]
+    whole = sum(layer["weights"] - layer["nonzeros"] for layer in found) / max(
+        1, sum(layer["weights"] for layer in found)
+    )
+
+    def draw(figure: Figure) -> None:
+        axes = figure.subplots()
+        places = list(range(len(found)))
+        if len(found) <= NAMED_LAYERS:
+            bars = axes.barh(places, values, color=PRUNED, height=0.62)
+            axes.set_yticks(places, [_short(name, 34) for name in names], color=INK)
+            axes.set_ylim(len(found) - 0.4, -0.6)
+            axes.set_xlim(0, 100)
+            axes.set_xlabel("sparsity, %")
+            axes.grid(axis="y", visible=False)
+            axes.grid(axis="x", visible=True)
+            axes.axvline(100 * whole, color=INK, linewidth=1, linestyle=DASHES)
+            for place, layer in zip(places, found, strict=True):
+                text = f"{as_percent(layer['sparsity'])} of {as_count(layer['weights'])}"
+                _note(axes, text, (1, place), ("axes fraction", "data"), (8, 0), va="center")
+        else:
+            bars = axes.bar(places, values, color=PRUNED, width=0.8)
+            axes.set_title("sparsity, %")
+            axes.set_xlabel("layer, in the order of the model; the table below has the names")
+            axes.set_ylim(0, 100)
+            axes.set_xlim(-0.8, len(found) - 0.2)
+            axes.axhline(100 * whole, color=INK, linewidth=1, linestyle=DASHES)
+        for bar, name, value in zip(bars, names, values, strict=True):
+            bar.set_gid(f"tip {name}: {value:.2f} %")
+
+    height = 64 + 20 * len(found) if len(found) <= NAMED_LAYERS else 260
+    return _svg("layers", "sparsity of each layer", draw, width=900, height=height)
+
+
+def loss(report: Report) -> str:
+    """The training loss over steps, the rounds told apart by shading; long curves as mean and range of their parts."""
+    points = [p for p in report["curve"] if p["loss"] is not None and math.isfinite(p["loss"])]
+    if len(points) < 2:
+        return ""
+    steps = np.array([p["step"] for p in points], dtype=float)
+    if (np.diff(steps) < 0).any():  # steps that start again with each stage
+        steps = np.arange(len(points), dtype=float)
+    values = np.array([p["loss"] for p in points], dtype=float)
+    starts = [0, *(i for i in range(1, len(points)) if _part(points[i]) != _part(points[i - 1])), len(points)]
+
+    def draw(figure: Figure) -> None:
+        axes = figure.subplots()
+        axes.set_title("training loss", pad=20 if len(starts) > 2 else 8)
+        axes.set_xlabel("step")
+        if values.min() > 0 and values.max() > 100 * values.min():
+            axes.set_yscale("log")
+            axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+            axes.yaxis.set_minor_formatter(NullFormatter())
+        edges = [steps[0], *(steps[i] for i in starts[1:-1]), steps[-1]]
+        for number, (first, stop) in enumerate(pairwise(starts)):
+            buckets = max(2, CURVE_POINTS * (stop - first) // len(points))
+            x, low, mean, high = thinned(steps[first:stop], values[first:stop], buckets)
+            if stop - first > buckets:
+                axes.fill_between(x, low, high, color=PRUNED, alpha=0.18, linewidth=0)
+            axes.plot(x, mean, color=PRUNED, linewidth=1.3, marker="o" if stop - first == 1 else "")
+            if number % 2:
+                axes.axvspan(edges[number], edges[number + 1], color=BAND, linewidth=0, zorder=0)
+            if edges[number + 1] - edges[number] > 0.055 * (edges[-1] - edges[0]):
+                middle = (edges[number] + edges[number + 1]) / 2
+                _note(axes, _part_name(points[first]), (middle, 1), ("data", "axes fraction"), (0, 3), ha="center")
+        axes.margins(x=0.01)
+        axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=8))
+
+    return _svg("loss", "training loss over steps", draw, width=900, height=270)
+
+
+def weights(report: Report) -> str:
+    """Histograms of the prunable weights: all of the dense network, and the survivors."""
+    edges = np.array(report["histograms"]["edges"], dtype=float)
+    dense = np.array(report["histograms"]["dense"], dtype=float)
+    pruned = np.array(report["histograms"]["pruned"], dtype=float)
+    if len(edges) < 2 or not (dense.any() or pruned.any()):
+        return ""
+
+    def draw(figure: Figure) -> None:
+        axes = figure.subplots()
+        axes.set_title("weights in a bin, logarithmic")
+        axes.set_xlabel("value")
+        # A bin of one weight must still be seen on a logarithmic axis, so the axis starts below one.
+        axes.stairs(np.maximum(pruned, 0.5), edges, baseline=0.5, fill=True, color=PRUNED, label="survivors, retrained")
+        axes.stairs(np.maximum(dense, 0.5), edges, baseline=0.5, color=DENSE, linewidth=1.4, label="dense")
+        axes.set_yscale("log")
+        axes.set_ylim(bottom=0.5)
+        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
+        axes.yaxis.set_minor_formatter(NullFormatter())
+        axes.xaxis.set_major_locator(MaxNLocator(nbins=6))
+        axes.margins(x=0.01)
+        figure.legend(loc="outside upper left", ncols=2)
+
+    return _svg("weights", "histogram of the weights, dense and survivors", draw, height=300)
+
+
+def stages(report: Report) -> str:
+    """Wall time of each stage, all rounds together."""
+    sums: dict[str, float] = {}
+    for stage in report["stages"]:
+        sums[plain(stage["name"])] = sums.get(plain(stage["name"]), 0.0) + stage["seconds"]
+    if not sums:
+        return ""
+
+    def draw(figure: Figure) -> None:
+        axes = figure.subplots()
+        bars = axes.barh(list(sums), list(sums.values()), color=PRUNED, height=0.55)
+        axes.bar_label(bars, [as_seconds(value) for value in sums.values()], padding=5, color=MUTED)
+        axes.invert_yaxis()
+        axes.grid(visible=False)
+        axes.tick_params(axis="y", labelcolor=INK)
+        axes.set_xlim(0, 1.22 * max(*sums.values(), 1e-9))
+        axes.xaxis.set_visible(False)
+        axes.spines.bottom.set_visible(False)
+
+    return _svg("stages", "wall time of each stage", draw, height=max(130, 40 + 26 * len(sums)))
+
+
+def load(report: Report) -> str:
+    """What each rank scored, and how long it worked and waited."""
+    ranks = report["rank_loads"]
+    if not ranks:
+        return ""
+    scored = np.array([rank["weights_scored"] for rank in ranks], dtype=float)
+    worked = np.array([(rank["score_seconds"] or 0) + (rank["train_seconds"] or 0) for rank in ranks], dtype=float)
+    waited = np.array([rank["wait_seconds"] or 0 for rank in ranks], dtype=float)
+    places = np.arange(len(ranks))
+
+    def draw(figure: Figure) -> None:
+        top, bottom = figure.subplots(2, sharex=True)
+        _columns(top, scored, color=PRUNED)
+        top.axhline(scored.mean(), color=INK, linewidth=1, linestyle=DASHES)
+        top.set_title("weights scored; the dashed line is the mean")
+        top.yaxis.set_major_formatter(EngFormatter(sep=" "))
+        _columns(bottom, worked, color=PRUNED, label="worked")
+        _columns(bottom, waited, worked, facecolor=BAND, edgecolor=DENSE, hatch="////", label="waited")
+        bottom.set_title("seconds")
+        bottom.set_xlabel("rank")
+        bottom.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=12, min_n_ticks=1))
+        bottom.set_xlim(places.min() - 0.6, places.max() + 0.6)
+        for axes in (top, bottom):
+            axes.yaxis.set_major_locator(MaxNLocator(nbins=3))
+            axes.margins(y=0.1)
+            axes.set_ylim(bottom=0)
+        bottom.legend(loc="lower right", bbox_to_anchor=(1, 1.04), ncols=2)
+
+    return _svg("load", "load of each rank", draw, height=300)
+
+
+def _columns(axes: Axes, heights: Column, bottom: Column | None = None, **style: Any) -> None:
+    """A bar for each rank; above 64 one outline around all, since bars as thin as a pixel shimmer."""
+    base = np.zeros(len(heights)) if bottom is None else bottom
+    if len(heights) <= 64:
+        axes.bar(np.arange(len(heights)), heights, bottom=base, width=min(0.62, 0.1 * len(heights)), **style)
+    else:
+        edges = np.arange(len(heights) + 1) - 0.5
+        axes.stairs(base + heights, edges, baseline=base, fill=True, linewidth=0, **style)
+
+
+def thinned(x: Column, y: Column, buckets: int) -> tuple[Column, Column, Column, Column]:
+    """A curve in at most `buckets` points: x, and the lowest, mean and highest y around it; all 1-D float64.
+
+    Every spike stays within the range, which picking every n-th point would lose.
+    """
+    if len(x) <= buckets:
+        return x, y, y, y
+    cuts = np.linspace(0, len(x), buckets + 1).astype(int)
+    sizes = np.diff(cuts)
+    return (
+        np.add.reduceat(x, cuts[:-1]) / sizes,
+        np.minimum.reduceat(y, cuts[:-1]),
+        np.add.reduceat(y, cuts[:-1]) / sizes,
+        np.maximum.reduceat(y, cuts[:-1]),
+    )
+
+
+def _part(point: CurvePoint) -> tuple[str, int | None]:
+    return point["stage"], point["round"]
+
+
+def _part_name(point: CurvePoint) -> str:
+    return plain(point["stage"]) if not point["round"] else f"round {point['round']}"
+
+
+def _metric(evaluation: Evaluation, name: str) -> float | None:
+    value = evaluation["metrics"].get(name)
+    return value if value is not None and math.isfinite(value) else None
+
+
+def _baseline(axes: Axes, report: Report, scale: float) -> None:
+    """The dense network's figure as a dashed line with its name on it."""
+    for evaluation in report["evaluations"]:
+        value = _metric(evaluation, report["primary"])
+        if evaluation["when"] == "dense" and value is not None:
+            axes.axhline(scale * value, color=DENSE, linewidth=1.2, linestyle=DASHES, zorder=1)
+            _note(axes, "dense", (1, scale * value), ("axes fraction", "data"), (5, 0), va="center")
+
+
+def _note(
+    axes: Axes, text: str, at: tuple[float, float], of: tuple[str, str], offset: tuple[int, int], **align: Any
+) -> None:
+    """Quiet text at a point in the coordinates `of`, moved by `offset` points."""
+    axes.annotate(text, at, xycoords=of, xytext=offset, textcoords="offset points", color=MUTED, **align)
+
+
+def _short(name: str, length: int) -> str:
+    """The end of a name says more than its beginning: model.encoder.layers.0.attention.weight."""
+    return name if len(name) <= length else "…" + name[1 - length :]
+
+
+def _svg(name: str, title: str, draw: Callable[[Figure], None], *, width: int = 440, height: int = 250) -> str:
+    """Draw, and make the SVG part of a page: unique ids, CSS variables for colours, the page's font, a spoken title."""
+    out = io.StringIO()
+    with matplotlib.rc_context(_STYLE), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Glyph")  # the browser has the glyphs that matplotlib's font lacks
+        figure = Figure(figsize=(width / 72, height / 72), layout="constrained")
+        draw(figure)
+        figure.savefig(out, format="svg")
+    text = out.getvalue()
+    text = text[text.index("<svg") :]
+    text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
+    for role, colour in zip(_ROLES, COLOURS, strict=True):
+        text = text.replace(colour, f"var(--{role})")
+    text = re.sub(r"font: (?:\d+ )?([\d.]+)px [^;\"]*", r"font-size: \1px", text)
+    text = re.sub(r'<g id="tip ([^"]*)">', r"<g><title>\1</title>", text)
+    text = re.sub(r' id="', f' id="{name}-', text)
+    text = re.sub(r"url\(#", f"url(#{name}-", text)
+    text = re.sub(r'xlink:href="#', f'href="#{name}-', text)
+    spoken = f'role="img" aria-label="{escape(plain(title))}"'
+    head = f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" {spoken}>'
+    return re.sub(r"<svg[^>]*>", lambda _: head, text, count=1)

@@ -1,0 +1,76 @@
+"""Preparing a run: everything that can be wrong with the job, the task or the weights is found here, before any work.
+
+Every rank prepares for itself (the model and the data are the same everywhere); a mistake on any rank is told once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sized
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from hpcprune.job import Job
+from hpcprune.layers import find_layers
+from hpcprune.seeds import seed_all
+from hpcprune.shards import Layer, Span, deal
+from hpcprune.task import Data, Task, build_data, build_model, call_user, load_task
+from hpcprune.train import Plan, plan_steps
+from hpcprune.weights import fit_weights, load_weights
+from hpcprune.world import World, threads_of_a_rank
+
+__all__ = ["Prepared", "prepare"]
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """What a run works with. `train` is None where the dense weights are loaded."""
+
+    task: Task
+    model: nn.Module
+    data: Data
+    layers: list[Layer]
+    shards: list[list[Span]]
+    train: Plan | None
+    retrain: Plan
+    threads: int
+
+    @property
+    def dense_bytes(self) -> int:
+        """Bytes of all parameters and buffers."""
+        return sum(t.numel() * t.element_size() for t in (*self.model.parameters(), *self.model.buffers()))
+
+
+def prepare(job: Job, world: World) -> Prepared:
+    """Load the task, build its model and data, load the dense weights, and deal the layers. Collective.
+
+    Raises:
+        HpcpruneError: for any mistake in what was given, on every rank.
+    """
+    place = world.local_rank  # asking is collective, so every rank asks before any of them can fail
+    threads = threads_of_a_rank(world)
+    torch.set_num_threads(threads)
+    return world.together(lambda: _prepare(job, world, threads, place), "preparing")
+
+
+def _prepare(job: Job, world: World, threads: int, place: int) -> Prepared:
+    task = load_task(job.task, job.folder)
+    seed_all(job.seed, "model")
+    model = build_model(task)
+    layers = find_layers(model, job.prune.include, job.prune.exclude)
+    if job.weights_file is not None:
+        fit_weights(model, load_weights(job.weights_file), job.weights_file)
+    data = build_data(task, world.size)
+    for part in (data.train, data.test):
+        call_user(lambda part=part: part[0], f"{type(task).__name__}.data")
+    assert isinstance(data.train, Sized)
+    samples = len(data.train)
+    dense = None
+    if job.weights_file is None:
+        assert job.train is not None
+        dense = plan_steps(job.train, samples, world.size, "train")
+    retrain = plan_steps(job.retrain, samples, world.size, "retrain")
+    if torch.cuda.is_available():
+        model.to(torch.device("cuda", place % torch.cuda.device_count()))
+    return Prepared(task, model, data, layers, deal(layers, world.size), dense, retrain, threads)

@@ -1,0 +1,302 @@
+"""One run, from job to report: the stages in order, and going on where an earlier process was cut.
+
+Round 0 trains or loads the dense network; every further round prunes and retrains. The run's whole state is the model,
+the masks, the optimizer's tensors and a ledger; a checkpoint is that state, so a run that is started again takes the
+newest complete checkpoint and does what is left.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+from torch import Tensor
+
+from hpcprune.checkpoint import State, newest_step, read_step, write_model, write_step
+from hpcprune.errors import CheckpointError
+from hpcprune.evaluate import evaluate
+from hpcprune.exchange.torch import TorchExchange
+from hpcprune.folder import RunFolder
+from hpcprune.host import versions
+from hpcprune.job import Job, Training
+from hpcprune.ledger import Ledger
+from hpcprune.masks import Masks
+from hpcprune.outcome import build_report, measure_costs, rank_load, weight_histogram
+from hpcprune.prepare import prepare
+from hpcprune.progress import Display
+from hpcprune.pruning import prune_layers
+from hpcprune.report import write_html, write_json
+from hpcprune.schedule import sparsity_of_round
+from hpcprune.snapshot import load_buffers, own_buffers, restore_masks, restore_model, snapshot
+from hpcprune.stop import StopFlag
+from hpcprune.survivors import Survivors
+from hpcprune.train import Plan, Trainer, average_batch_norm
+from hpcprune.world import World
+
+__all__ = ["Run", "StoppedError"]
+
+
+class StoppedError(Exception):
+    """The run was told to stop and has written a checkpoint; the text says where it stands."""
+
+
+class Run:
+    """One run of a job on all ranks of a world. Everything here is collective."""
+
+    def __init__(self, job: Job, world: World, display: Display, stop: StopFlag, folder: RunFolder) -> None:
+        """Prepare the run: what is wrong with the job, the task, the weights or the folder is found here."""
+        self.job, self.world, self.display, self.stop, self.folder = job, world, display, stop, folder
+        self.prepared = prepare(job, world)
+        self.model = self.prepared.model
+        world.lead(lambda: folder.open(job, 2 * self.prepared.dense_bytes), "opening the run's folder")
+        self.exchange = TorchExchange(world, next(self.model.parameters()).device)
+        self.masks = Masks.full(self.prepared.layers)
+        self.ledger = Ledger()
+        self._optimizer: dict[str, Tensor] = {}
+
+    def go(self) -> None:
+        """Do all that is left of the run.
+
+        Raises:
+            StoppedError: a signal asked for it; a checkpoint is complete.
+        """
+        self._resume()
+        if not (self.ledger.round > 0 or self.ledger.complete):
+            self._dense_round()
+        first = self.ledger.round + 1 if self.ledger.complete else max(self.ledger.round, 1)
+        for number in range(first, self.job.prune.rounds + 1):
+            self._round(number)
+        self._finish()
+        self.exchange.close()
+
+    # Rounds
+
+    def _dense_round(self) -> None:
+        """Train the dense network, where it is not loaded; evaluate it, and measure what it costs."""
+        plan = self.prepared.train
+        if plan is not None:
+            assert self.job.train is not None
+            self._train("train", self.job.train, plan)
+        self._evaluate("dense")
+        file = self.job.weights_file
+        if plan is not None:
+            file = self.folder.dense
+            with self.ledger.timed("checkpoint"):
+                self.world.lead(lambda: write_model(self.folder.dense, self._state()), "writing dense.h5")
+        self.ledger.dense = {
+            "costs": measure_costs(self.prepared, self.masks, file, self._epoch_seconds("train", plan)),
+            "histogram": weight_histogram(self.model, self.masks),
+        }
+        self._complete_round()
+
+    def _round(self, number: int) -> None:
+        """Prune to the round's sparsity and retrain."""
+        if self.ledger.round != number:
+            self.ledger.round, self.ledger.step, self.ledger.complete = number, 0, False
+            self._prune()
+            self._evaluate("pruned")
+        self._train("retrain", self.job.retrain, self.prepared.retrain)
+        self._evaluate("retrained")
+        self._complete_round()
+
+    def _prune(self) -> None:
+        prune, ledger = self.job.prune, self.ledger
+        sparsity = sparsity_of_round(prune, ledger.round)
+        found = prune_layers(
+            dict(self.model.named_parameters()),
+            self.masks,
+            self.prepared.shards,
+            sparsity,
+            prune.scope,
+            prune.criterion,
+            self.world,
+        )
+        found.masks.apply(self.model)
+        self.masks, self._optimizer = found.masks, {}
+        ledger.run_step += 1
+        ledger.thresholds = {
+            name: threshold.value for name, threshold in found.thresholds.items() if math.isfinite(threshold.value)
+        }
+        for stage, seconds in found.seconds.items():
+            ledger.add_seconds(stage, seconds)
+        self.display.say(
+            f"round {ledger.round}/{prune.rounds}: pruned to {self.masks.sparsity:.2%}, {self.masks.nonzeros:,} of "
+            f"{self.masks.weights:,} weights survive"
+        )
+        weights = sum(span.weights for span in self.prepared.shards[self.world.rank])
+        self.display.say(f"scored {weights:,} weights in {sum(found.seconds.values()):.3f} s", every_rank=True)
+
+    def _train(self, stage: str, training: Training, plan: Plan) -> None:
+        """Do the steps of this round that are left."""
+        ledger, job = self.ledger, self.job
+        survivors = Survivors(self.model, self.masks if ledger.round else None)
+        name = (job.seed, stage, ledger.round)
+        data = self.prepared.data.train
+        trainer = Trainer(
+            self.prepared.task, self.model, survivors, data, training, plan, self.world, self.exchange, name
+        )
+        if self._optimizer:
+            trainer.load_optimizer_state(self._optimizer)
+        title = f"round {ledger.round}/{job.prune.rounds}: {stage}" if ledger.round else stage
+        with self.display.stage(title, plan.steps, ledger.step) as progress:
+            while ledger.step < plan.steps:
+                sent = self.exchange.bytes_sent
+                step = trainer.step(ledger.step, bool(self.stop))
+                sent = self.exchange.bytes_sent - sent
+                ledger.step += 1
+                ledger.run_step += 1
+                ledger.add_seconds(stage, step.seconds)
+                ledger.add_exchange(sent - survivors.packed_bytes + survivors.dense_bytes, sent)
+                self._log(
+                    "step",
+                    stage=stage,
+                    step=ledger.step,
+                    loss=step.loss,
+                    learning_rate=step.learning_rate,
+                    seconds=step.seconds,
+                    waited=step.waited,
+                    samples_per_second=plan.batch / step.seconds,
+                    bytes_sent=sent,
+                )
+                progress.advance(f"loss {step.loss:.4f}")
+                due = job.checkpoint.every_steps and ledger.run_step % job.checkpoint.every_steps == 0
+                if step.stop or (due and ledger.step < plan.steps):
+                    self._save(trainer.optimizer_state())
+                if step.stop:
+                    self._stopped(f"{title}, step {ledger.step} of {plan.steps}")
+        self._optimizer = trainer.optimizer_state()
+        average_batch_norm(self.model, self.world)
+
+    def _evaluate(self, when: str) -> None:
+        start = time.perf_counter()
+        task, data = self.prepared.task, self.prepared.data
+        metrics = evaluate(task, self.model, data.test, self.job.evaluate.batch_size, self.world)
+        seconds = time.perf_counter() - start
+        self.ledger.add_seconds("evaluate", seconds)
+        found = {
+            "when": when,
+            "round": self.ledger.round,
+            "sparsity": self.masks.sparsity,
+            "step": self.ledger.run_step,
+            "metrics": metrics,
+            "seconds": seconds,
+        }
+        self.ledger.evaluations.append(found)
+        self._log("evaluation", **found)
+        figures = "  ".join(f"{name} {value:.4f}" for name, value in metrics.items())
+        self.display.say(f"round {self.ledger.round}/{self.job.prune.rounds}: {when}: {figures}")
+
+    def _complete_round(self) -> None:
+        self.ledger.complete = True
+        self._save({})
+        stop = self.world.allgather(bool(self.stop), "agreeing whether to stop")
+        if any(stop):
+            self._stopped(f"round {self.ledger.round} of {self.job.prune.rounds} complete")
+
+    def _stopped(self, where: str) -> None:
+        signals = [name for name in self.world.allgather(self.stop.signal, "naming the signal") if name]
+        self.exchange.close()
+        raise StoppedError(
+            f"stopped by {signals[0]} ({where}); the checkpoint is complete: run the same command again to go on"
+        )
+
+    # State
+
+    def _resume(self) -> None:
+        """Take the newest complete checkpoint, if there is one."""
+
+        def newest() -> tuple[Path | None, list[str]]:
+            return newest_step(self.folder.checkpoints) if self.folder.checkpoints.is_dir() else (None, [])
+
+        path, passed_over = self.world.lead(newest, "looking for checkpoints")
+        for reason in passed_over:
+            self.display.say(f"passed over: {reason}")
+        if path is not None:
+            step = self.world.together(lambda: read_step(path), f"reading {path}")
+            self.ledger = Ledger.read(step.about["ledger"])
+            self.ledger.resumed.append(self.ledger.run_step)
+            self.masks = restore_masks(step, self.masks)
+            if self.masks.hash != step.about["mask_hash"]:
+                raise CheckpointError(
+                    f"{path}: the masks are not those of the run; remove this step to go on before it"
+                )
+            self.masks.agree(self.world)
+            self._optimizer = restore_model(step, self.model, self.world.rank, self.world.size)
+            self.display.say(f"going on from {path} (round {self.ledger.round}, step {self.ledger.step})")
+        if self.world.rank == 0:
+            self.folder.open_metrics(self.ledger.metrics_bytes)
+
+    def _save(self, optimizer: Mapping[str, Tensor]) -> None:
+        """Write a checkpoint of the run as it stands."""
+        with self.ledger.timed("checkpoint"):
+            if self.world.rank == 0:
+                self.ledger.metrics_bytes = self.folder.flush_metrics()
+            self.ledger.metrics_bytes = self.world.bcast(self.ledger.metrics_bytes, "checkpoint: metrics")
+            own = own_buffers(self.model)
+            average_batch_norm(self.model, self.world)
+            state = self._state({"ledger": self.ledger.as_dict()}, optimizer, own)
+            load_buffers(self.model, own)
+            write_step(
+                self.folder.checkpoints,
+                self.ledger.run_step,
+                state,
+                self.prepared.shards,
+                self.world,
+                self.job.checkpoint.keep,
+            )
+
+    def _state(
+        self,
+        more: Mapping[str, Any] = MappingProxyType({}),
+        optimizer: Mapping[str, Tensor] = MappingProxyType({}),
+        own: Mapping[str, Tensor] = MappingProxyType({}),
+    ) -> State:
+        """The model under its masks and what describes the run; a checkpoint has more than a result."""
+        about = {
+            "job": self.job.to_yaml(),
+            "job_digest": self.job.digest(),
+            "versions": versions(),
+            "seed": self.job.seed,
+            "ranks": self.world.size,
+            "sparsity": self.masks.sparsity,
+            "mask_hash": self.masks.hash,
+            "history": self.ledger.evaluations,
+            **more,
+        }
+        attributes: dict[str, dict[str, str | float]] = {
+            name: {"criterion": self.job.prune.criterion, "threshold": value}
+            for name, value in self.ledger.thresholds.items()
+        }
+        return snapshot(self.model, self.masks, about, attributes, optimizer, own_buffers(self.model), own)
+
+    def _finish(self) -> None:
+        """Write the result and the report."""
+        prepared, ledger = self.prepared, self.ledger
+        with ledger.timed("checkpoint"):
+            sha256 = self.world.lead(lambda: write_model(self.folder.model, self._state()), "writing model.h5")
+        loads = rank_load(prepared, ledger, self.world)
+
+        def report() -> None:
+            pruned = measure_costs(
+                prepared, self.masks, self.folder.model, self._epoch_seconds("retrain", prepared.retrain)
+            )
+            self.folder.flush_metrics()
+            found = build_report(self.job, prepared, self.masks, ledger, self.folder, loads, pruned, sha256)
+            write_html(found, self.folder.html)
+            write_json(found, self.folder.report)
+
+        self.world.lead(report, "writing the report")
+
+    def _epoch_seconds(self, stage: str, plan: Plan | None) -> float | None:
+        if plan is None or plan.steps == 0:
+            return None
+        return self.ledger.seconds(stage) / plan.steps * plan.epoch
+
+    def _log(self, kind: str, **values: Any) -> None:
+        if self.world.rank == 0:
+            line = {"kind": kind, "run_step": self.ledger.run_step, "round": self.ledger.round}
+            self.folder.write_metrics(line | values)

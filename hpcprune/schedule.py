@@ -1,0 +1,60 @@
+"""Sparsity over the rounds, and the learning rate over the steps: two pure functions of a position.
+
+Nothing here holds state, so that a run that was cut goes on with the very numbers it would have had. No torch.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from hpcprune.job import LrSchedule, Prune
+
+__all__ = ["learning_rate_factor", "pruned_count", "sparsity_of_round"]
+
+
+def sparsity_of_round(prune: Prune, number: int) -> float:
+    """The sparsity after the pruning of round `number`, 1 to `prune.rounds`; round 0 is the dense network, 0.0.
+
+    linear: in equal parts. cubic: much at first, when there is much to spare, and little at the end
+    (Zhu and Gupta, To prune, or not to prune, 2017, arXiv:1710.01878, equation 1 with s_i = 0).
+    Rises from round to round, and the last round has exactly `prune.sparsity`.
+    """
+    if not 0 <= number <= prune.rounds:
+        raise ValueError(f"round {number} is not in 0 to {prune.rounds}")
+    if number == prune.rounds:
+        return prune.sparsity
+    done = number / prune.rounds
+    if prune.schedule == "cubic":
+        return prune.sparsity * (1 - (1 - done) ** 3)
+    return prune.sparsity * done
+
+
+def pruned_count(total: int, sparsity: float) -> int:
+    """How many of `total` weights go at this sparsity: the nearest whole number, a half to the even one.
+
+    torch.nn.utils.prune rounds in the same way, so that both prune as many.
+    """
+    return round(sparsity * total)
+
+
+def learning_rate_factor(schedule: LrSchedule, step: int, steps: int) -> float:
+    """What the learning rate is multiplied by in step `step`, 0 to `steps` - 1, of a training of `steps`.
+
+    The warm-up rises linearly, (step + 1) / (warmup + 1) (Goyal et al. 2017, arXiv:1706.02677); the rest of the
+    training is linear, cosine (Loshchilov and Hutter 2017, arXiv:1608.03983), a fall at given shares, or constant.
+    A warm-up of `steps` or more is all there is.
+    """
+    if not 0 <= step < steps:
+        raise ValueError(f"step {step} is not in 0 to {steps - 1}")
+    if step < schedule.warmup:
+        return (step + 1) / (schedule.warmup + 1)
+    done = (step - schedule.warmup) / (steps - schedule.warmup)
+    if schedule.name == "linear":
+        return 1 - (1 - schedule.final) * done
+    if schedule.name == "cosine":
+        return schedule.final + (1 - schedule.final) * (1 + math.cos(math.pi * done)) / 2
+    if schedule.name == "step":
+        return float(schedule.factor ** sum(done >= share for share in schedule.at))
+    return 1.0

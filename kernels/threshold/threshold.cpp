@@ -1,0 +1,485 @@
+// Counting towards the exact k-th smallest score, and packing the mask of what lies above it.
+//
+//   count_around   how many scores lie below, at and between the two ends of a bracket; those between are collected
+//   histogram      how many scores lie in each of the equal bins of a range (for when a bracket misses)
+//   pack           one bit a score: 1 = above the threshold, or one of its later ties
+//
+// Scores are compared as integer keys, made in registers and never stored for the whole array. A float's bits without
+// the sign order its magnitude; negated where the sign is set they order the float itself, and -0 equals +0. NaN has a
+// magnitude above infinity's: it is noticed here and counted by the caller. float16 and bfloat16 differ in infinity only.
+//
+//   g++ -O3 -std=c++17 -shared -fPIC -pthread kernels/*/*.cpp
+//
+// 1. portable: short arrays for registers, left to the compiler's vectoriser
+// 2. avx2: 32-byte registers, the few keys between are taken out bit by bit
+// 3. avx512: 64-byte registers, mask registers, the keys between are compressed
+//
+// Limits: the counts are 64-bit; a call's arrays may be of any length, aligned to their element.
+
+#include <atomic>
+#include <cstdint>
+#include <cstring>
+#include <limits>
+#include <mutex>
+#include <vector>
+
+#include "../paths.h"
+
+namespace hpcprune {
+namespace {
+
+// What the arrays hold: floats ranked by value, floats ranked by magnitude, or keys made earlier.
+enum View { SIGNED = 0, ABSOLUTE = 1, KEYS = 2 };
+
+template <class Key>
+struct Bracket {
+  Key lo, hi, infinity;
+};
+
+struct Counts {
+  int64_t not_above_lo = 0, at_lo = 0, at_hi = 0, between = 0;
+  bool nan = false;
+};
+
+// The buffer of all threads for the keys between; keys beyond its capacity are counted and dropped.
+template <class Key>
+struct Candidates {
+  Key* keys;
+  int64_t capacity;
+  std::atomic<int64_t> used{0};
+};
+
+// One thread's keys on their way into the candidates: a small buffer in cache, so that storing needs no branch on room.
+template <class Key>
+class Collector {
+ public:
+  explicit Collector(Candidates<Key>& all) : all_(all) {}
+
+  Key* room() { return buffer_ + used_; }
+
+  void took(int64_t keys) {
+    used_ += keys;
+    if (used_ >= FULL) flush();
+  }
+
+  void flush() {
+    const int64_t start = all_.used.fetch_add(used_);
+    const int64_t fitting = std::min(used_, all_.capacity - start);
+    if (fitting > 0) std::memcpy(all_.keys + start, buffer_, fitting * sizeof(Key));
+    used_ = 0;
+  }
+
+ private:
+  static constexpr int64_t FULL = 4096 / sizeof(Key), WIDEST = 64;
+  Candidates<Key>& all_;
+  int64_t used_ = 0;
+  Key buffer_[FULL + WIDEST];
+};
+
+// Where the ties of a run are that were kept in its mask: the mask's words, and which of their bits are ties.
+struct Notes {
+  struct Note {
+    uint8_t* word;
+    int64_t bytes;
+    uint64_t ties;
+  };
+  static constexpr size_t MOST = 4096;
+  std::vector<Note> notes;
+  int64_t ties = 0;
+  bool complete = true;
+
+  void add(const Note& note) {
+    ties += __builtin_popcountll(note.ties);
+    complete = complete && notes.size() < MOST;
+    if (complete) notes.push_back(note);
+  }
+};
+
+// Clears the first `cut` of the ties that were noted.
+void clear_ties(const Notes& noted, int64_t cut) {
+  for (const Notes::Note& note : noted.notes) {
+    uint64_t word = 0;
+    std::memcpy(&word, note.word, note.bytes);
+    for (uint64_t ties = note.ties; ties && cut > 0; ties &= ties - 1, --cut) word &= ~(ties & -ties);
+    std::memcpy(note.word, &word, note.bytes);
+    if (cut <= 0) return;
+  }
+}
+
+template <class Key, View VIEW>
+inline Key to_key(Key bits, uint64_t& nan, Key infinity) {
+  if (VIEW == KEYS) return bits;
+  const Key magnitude = bits & std::numeric_limits<Key>::max();
+  nan |= magnitude > infinity;
+  return VIEW == SIGNED && bits < 0 ? -magnitude : magnitude;
+}
+
+namespace portable {
+#define TARGET
+template <class Key>
+struct Lanes {
+  static constexpr int WIDTH = 16;
+  struct Register {
+    Key key[WIDTH];
+  };
+  static Register load(const Key* from) {
+    Register result;
+    std::memcpy(&result, from, sizeof result);
+    return result;
+  }
+  static Register all(Key key) {
+    Register result;
+    for (Key& lane : result.key) lane = key;
+    return result;
+  }
+  static Register magnitude(Register x) {
+    for (Key& lane : x.key) lane &= std::numeric_limits<Key>::max();
+    return x;
+  }
+  static Register signed_key(const Register& x, Register magnitude) {
+    for (int i = 0; i < WIDTH; ++i) magnitude.key[i] = x.key[i] < 0 ? -magnitude.key[i] : magnitude.key[i];
+    return magnitude;
+  }
+  static uint64_t greater(const Register& a, const Register& b) {
+    uint64_t ones = 0;
+    for (int i = 0; i < WIDTH; ++i) ones |= uint64_t(a.key[i] > b.key[i]) << i;
+    return ones;
+  }
+  static uint64_t equal(const Register& a, const Register& b) {
+    uint64_t ones = 0;
+    for (int i = 0; i < WIDTH; ++i) ones |= uint64_t(a.key[i] == b.key[i]) << i;
+    return ones;
+  }
+  static void compress(Key* to, uint64_t ones, const Register& x) {
+    for (; ones; ones &= ones - 1) *to++ = x.key[__builtin_ctzll(ones)];
+  }
+};
+#include "passes.h"
+#undef TARGET
+}  // namespace portable
+
+#if defined(__x86_64__)
+
+namespace avx2 {
+#define TARGET AVX2
+
+// What does not depend on the width of a key.
+template <class Key>
+struct Common {
+  using Register = __m256i;
+  static constexpr int WIDTH = 32 / sizeof(Key);
+  TARGET static Register load(const Key* from) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)); }
+  TARGET static void compress(Key* to, uint64_t ones, Register x) {
+    if (!ones) return;
+    alignas(32) Key keys[WIDTH];
+    _mm256_store_si256(reinterpret_cast<__m256i*>(keys), x);
+    for (; ones; ones &= ones - 1) *to++ = keys[__builtin_ctzll(ones)];
+  }
+};
+
+template <class Key>
+struct Lanes;
+
+template <>
+struct Lanes<int16_t> : Common<int16_t> {
+  TARGET static Register all(int16_t key) { return _mm256_set1_epi16(key); }
+  TARGET static Register magnitude(Register x) { return _mm256_and_si256(x, all(INT16_MAX)); }
+  TARGET static Register signed_key(Register x, Register m) {
+    const Register sign = _mm256_srai_epi16(x, 15);
+    return _mm256_sub_epi16(_mm256_xor_si256(m, sign), sign);
+  }
+  TARGET static uint64_t bits(Register lanes) {
+    const Register bytes = _mm256_packs_epi16(lanes, _mm256_setzero_si256());
+    return static_cast<uint32_t>(_mm256_movemask_epi8(_mm256_permute4x64_epi64(bytes, 0xD8)));
+  }
+  TARGET static uint64_t greater(Register a, Register b) { return bits(_mm256_cmpgt_epi16(a, b)); }
+  TARGET static uint64_t equal(Register a, Register b) { return bits(_mm256_cmpeq_epi16(a, b)); }
+};
+
+template <>
+struct Lanes<int32_t> : Common<int32_t> {
+  TARGET static Register all(int32_t key) { return _mm256_set1_epi32(key); }
+  TARGET static Register magnitude(Register x) { return _mm256_and_si256(x, all(INT32_MAX)); }
+  TARGET static Register signed_key(Register x, Register m) {
+    const Register sign = _mm256_srai_epi32(x, 31);
+    return _mm256_sub_epi32(_mm256_xor_si256(m, sign), sign);
+  }
+  TARGET static uint64_t bits(Register lanes) {
+    return static_cast<uint32_t>(_mm256_movemask_ps(_mm256_castsi256_ps(lanes)));
+  }
+  TARGET static uint64_t greater(Register a, Register b) { return bits(_mm256_cmpgt_epi32(a, b)); }
+  TARGET static uint64_t equal(Register a, Register b) { return bits(_mm256_cmpeq_epi32(a, b)); }
+};
+
+template <>
+struct Lanes<int64_t> : Common<int64_t> {
+  TARGET static Register all(int64_t key) { return _mm256_set1_epi64x(key); }
+  TARGET static Register magnitude(Register x) { return _mm256_and_si256(x, all(INT64_MAX)); }
+  TARGET static Register signed_key(Register x, Register m) {
+    const Register sign = _mm256_cmpgt_epi64(_mm256_setzero_si256(), x);
+    return _mm256_sub_epi64(_mm256_xor_si256(m, sign), sign);
+  }
+  TARGET static uint64_t bits(Register lanes) {
+    return static_cast<uint32_t>(_mm256_movemask_pd(_mm256_castsi256_pd(lanes)));
+  }
+  TARGET static uint64_t greater(Register a, Register b) { return bits(_mm256_cmpgt_epi64(a, b)); }
+  TARGET static uint64_t equal(Register a, Register b) { return bits(_mm256_cmpeq_epi64(a, b)); }
+};
+
+#include "passes.h"
+#undef TARGET
+}  // namespace avx2
+
+namespace avx512 {
+#define TARGET AVX512
+
+template <class Key>
+struct Common {
+  using Register = __m512i;
+  static constexpr int WIDTH = 64 / sizeof(Key);
+  TARGET static Register load(const Key* from) { return _mm512_loadu_si512(from); }
+};
+
+template <class Key>
+struct Lanes;
+
+template <>
+struct Lanes<int16_t> : Common<int16_t> {
+  TARGET static Register all(int16_t key) { return _mm512_set1_epi16(key); }
+  TARGET static Register magnitude(Register x) { return _mm512_and_si512(x, all(INT16_MAX)); }
+  TARGET static Register signed_key(Register x, Register m) {
+    return _mm512_mask_sub_epi16(m, _mm512_movepi16_mask(x), _mm512_setzero_si512(), m);
+  }
+  TARGET static uint64_t greater(Register a, Register b) { return _mm512_cmpgt_epi16_mask(a, b); }
+  TARGET static uint64_t equal(Register a, Register b) { return _mm512_cmpeq_epi16_mask(a, b); }
+  // 16-bit lanes compress in a register only with VBMI2, which not every AVX-512 CPU has.
+  TARGET static void compress(int16_t* to, uint64_t ones, Register x) {
+    if (!ones) return;
+    alignas(64) int16_t keys[WIDTH];
+    _mm512_store_si512(keys, x);
+    for (; ones; ones &= ones - 1) *to++ = keys[__builtin_ctzll(ones)];
+  }
+};
+
+template <>
+struct Lanes<int32_t> : Common<int32_t> {
+  TARGET static Register all(int32_t key) { return _mm512_set1_epi32(key); }
+  TARGET static Register magnitude(Register x) { return _mm512_and_si512(x, all(INT32_MAX)); }
+  TARGET static Register signed_key(Register x, Register m) {
+    return _mm512_mask_sub_epi32(m, _mm512_movepi32_mask(x), _mm512_setzero_si512(), m);
+  }
+  TARGET static uint64_t greater(Register a, Register b) { return _mm512_cmpgt_epi32_mask(a, b); }
+  TARGET static uint64_t equal(Register a, Register b) { return _mm512_cmpeq_epi32_mask(a, b); }
+  TARGET static void compress(int32_t* to, uint64_t ones, Register x) {
+    _mm512_storeu_si512(to, _mm512_maskz_compress_epi32(static_cast<__mmask16>(ones), x));
+  }
+};
+
+template <>
+struct Lanes<int64_t> : Common<int64_t> {
+  TARGET static Register all(int64_t key) { return _mm512_set1_epi64(key); }
+  TARGET static Register magnitude(Register x) { return _mm512_and_si512(x, all(INT64_MAX)); }
+  TARGET static Register signed_key(Register x, Register m) {
+    return _mm512_mask_sub_epi64(m, _mm512_movepi64_mask(x), _mm512_setzero_si512(), m);
+  }
+  TARGET static uint64_t greater(Register a, Register b) { return _mm512_cmpgt_epi64_mask(a, b); }
+  TARGET static uint64_t equal(Register a, Register b) { return _mm512_cmpeq_epi64_mask(a, b); }
+  TARGET static void compress(int64_t* to, uint64_t ones, Register x) {
+    _mm512_storeu_si512(to, _mm512_maskz_compress_epi64(static_cast<__mmask8>(ones), x));
+  }
+};
+
+#include "passes.h"
+#undef TARGET
+}  // namespace avx512
+
+#endif
+
+// Calls the pass of the path that was asked for.
+#if defined(__x86_64__)
+#define ON_PATH(path, ...)                                \
+  ((path) == WITH_AVX512 ? avx512::__VA_ARGS__            \
+   : (path) == WITH_AVX2 ? avx2::__VA_ARGS__              \
+                         : portable::__VA_ARGS__)
+#else
+#define ON_PATH(path, ...) portable::__VA_ARGS__
+#endif
+
+// The caller's arrays, all of one element type.
+struct Arrays {
+  const void* const* data;
+  const int64_t* lengths;
+  int64_t count;
+};
+
+template <class Key, View VIEW>
+Counts count_all(int path, const Arrays& arrays, const Bracket<Key>& bracket, Candidates<Key>& candidates,
+                 int threads) {
+  const auto runs = cut(arrays.lengths, arrays.count, threads);
+  Counts total;
+  std::mutex adding;
+  in_threads(runs.size(), [&](int64_t run) {
+    Collector<Key> inside(candidates);
+    Counts counts;
+    for (const Slice& slice : runs[run]) {
+      const Key* data = static_cast<const Key*>(arrays.data[slice.part]) + slice.start;
+      ON_PATH(path, count_around<Key, VIEW>(data, slice.stop - slice.start, bracket, inside, counts));
+    }
+    inside.flush();
+    const std::lock_guard<std::mutex> lock(adding);
+    total.not_above_lo += counts.not_above_lo;
+    total.at_lo += counts.at_lo;
+    total.at_hi += counts.at_hi;
+    total.nan |= counts.nan;
+  });
+  total.between = candidates.used;
+  return total;
+}
+
+template <class Key, View VIEW>
+void histogram_all(const Arrays& arrays, Key lo, Key hi, int shift, int64_t bins, int64_t* histogram, int threads) {
+  using Unsigned = std::make_unsigned_t<Key>;
+  const auto runs = cut(arrays.lengths, arrays.count, threads);
+  std::mutex adding;
+  in_threads(runs.size(), [&](int64_t run) {
+    std::vector<int64_t> mine(bins);
+    uint64_t nan = 0;
+    const Unsigned width = static_cast<Unsigned>(hi) - static_cast<Unsigned>(lo);
+    for (const Slice& slice : runs[run]) {
+      const Key* data = static_cast<const Key*>(arrays.data[slice.part]);
+      for (int64_t i = slice.start; i < slice.stop; ++i) {
+        const Unsigned from_lo = static_cast<Unsigned>(to_key<Key, VIEW>(data[i], nan, hi)) - static_cast<Unsigned>(lo);
+        if (from_lo <= width) ++mine[from_lo >> shift];
+      }
+    }
+    const std::lock_guard<std::mutex> lock(adding);
+    for (int64_t bin = 0; bin < bins; ++bin) histogram[bin] += mine[bin];
+  });
+}
+
+// Packs run by run. Which run the last tie to be cut lies in is known only when the ties of all runs before it are
+// counted. So where only some ties go, several runs first keep them all and note where they are: a few are cleared
+// afterwards, and for many the runs are packed again, each from where its own cut begins.
+template <class Key, View VIEW>
+int64_t pack_all(int path, const Arrays& arrays, Key threshold, int64_t first_cut, uint8_t* const* masks,
+                 int threads) {
+  const auto runs = cut(arrays.lengths, arrays.count, threads);
+  std::vector<int64_t> left(runs.size());
+  const auto pack_run = [&](int64_t run, Notes* notes) {
+    for (const Slice& slice : runs[run]) {
+      const Key* data = static_cast<const Key*>(arrays.data[slice.part]) + slice.start;
+      uint8_t* mask = masks[slice.part] + slice.start / 8;
+      left[run] = ON_PATH(path, pack<Key, VIEW>(data, slice.stop - slice.start, threshold, left[run], mask, notes));
+    }
+  };
+  if (first_cut <= 0 || runs.size() == 1) {
+    std::fill(left.begin(), left.end(), first_cut < 0 ? std::numeric_limits<int64_t>::max() : first_cut);
+    in_threads(runs.size(), [&](int64_t run) { pack_run(run, nullptr); });
+    return first_cut <= 0 ? first_cut : left[0];
+  }
+  std::vector<Notes> notes(runs.size());
+  in_threads(runs.size(), [&](int64_t run) { pack_run(run, &notes[run]); });
+  int64_t still = first_cut;
+  for (size_t run = 0; run < runs.size(); ++run) {
+    left[run] = still;
+    still = std::max<int64_t>(0, still - notes[run].ties);
+  }
+  in_threads(runs.size(), [&](int64_t run) {
+    if (left[run] == 0) return;
+    if (notes[run].complete) {
+      clear_ties(notes[run], left[run]);
+    } else {
+      pack_run(run, nullptr);
+    }
+  });
+  return still;
+}
+
+// Calls work(Key(), std::integral_constant<View, ...>) for the key's bits and the view; false if there are none such.
+template <class Work, View VIEW>
+bool with_key(int bits, const Work& work, std::integral_constant<View, VIEW> view) {
+  switch (bits) {
+    case 16: work(int16_t(), view); return true;
+    case 32: work(int32_t(), view); return true;
+    case 64: work(int64_t(), view); return true;
+    default: return false;
+  }
+}
+
+template <class Work>
+bool with_types(int bits, int view, const Work& work) {
+  switch (view) {
+    case SIGNED: return with_key(bits, work, std::integral_constant<View, SIGNED>());
+    case ABSOLUTE: return with_key(bits, work, std::integral_constant<View, ABSOLUTE>());
+    case KEYS: return with_key(bits, work, std::integral_constant<View, KEYS>());
+    default: return false;
+  }
+}
+
+}  // namespace
+}  // namespace hpcprune
+
+using namespace hpcprune;
+
+// bits: 16, 32 or 64, an element's and a key's size. view: see View. data[0 ... count) are arrays of lengths[i]
+// elements. All return 0, or 1 for bits or a view that there is not; hpcprune_pack returns -2 for those.
+extern "C" {
+
+// The best path this CPU has.
+int hpcprune_best_path() {
+#if defined(__x86_64__)
+  __builtin_cpu_init();
+  if (!__builtin_cpu_supports("avx2") || !__builtin_cpu_supports("popcnt") || !__builtin_cpu_supports("bmi")) {
+    return PORTABLE;
+  }
+  const bool wide = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                    __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+  return wide ? WITH_AVX512 : WITH_AVX2;
+#else
+  return PORTABLE;
+#endif
+}
+
+// counts[0 ... 5): below lo, at lo, strictly between, at hi (0 if hi == lo), and 1 if there is a NaN (then the rest
+// means nothing). Keys between, at most `capacity` of them and in no particular order, go to `candidates`.
+int hpcprune_count_around(int path, int bits, int view, const void* const* data, const int64_t* lengths,
+                          int64_t count, int64_t lo, int64_t hi, int64_t infinity, void* candidates,
+                          int64_t capacity, int64_t* counts, int threads) {
+  return !with_types(bits, view, [&](auto key, auto kind) {
+    using Key = decltype(key);
+    Candidates<Key> all{static_cast<Key*>(candidates), capacity};
+    const Bracket<Key> bracket{static_cast<Key>(lo), static_cast<Key>(hi), static_cast<Key>(infinity)};
+    const Counts found = count_all<Key, decltype(kind)::value>(path, {data, lengths, count}, bracket, all, threads);
+    counts[0] = found.not_above_lo - found.at_lo;
+    counts[1] = found.at_lo;
+    counts[2] = found.between;
+    counts[3] = lo == hi ? 0 : found.at_hi;
+    counts[4] = found.nan;
+  });
+}
+
+// histogram[0 ... bins): keys in lo <= key <= hi by (key - lo) >> shift; (hi - lo) >> shift must be less than bins.
+int hpcprune_histogram(int bits, int view, const void* const* data, const int64_t* lengths, int64_t count,
+                       int64_t lo, int64_t hi, int shift, int64_t bins, int64_t* histogram, int threads) {
+  std::fill(histogram, histogram + bins, 0);
+  return !with_types(bits, view, [&](auto key, auto kind) {
+    using Key = decltype(key);
+    histogram_all<Key, decltype(kind)::value>({data, lengths, count}, static_cast<Key>(lo), static_cast<Key>(hi),
+                                              shift, bins, histogram, threads);
+  });
+}
+
+// masks[i] gets (lengths[i] + 7) / 8 bytes. cut: how many of the first ties go; negative: all. Returns what is left
+// of cut, so that a further call can go on.
+int64_t hpcprune_pack(int path, int bits, int view, const void* const* data, const int64_t* lengths, int64_t count,
+                      int64_t threshold, int64_t cut, uint8_t* const* masks, int threads) {
+  int64_t left = -2;
+  with_types(bits, view, [&](auto key, auto kind) {
+    using Key = decltype(key);
+    left = pack_all<Key, decltype(kind)::value>(path, {data, lengths, count}, static_cast<Key>(threshold), cut, masks,
+                                                threads);
+  });
+  return left;
+}
+
+}  // extern "C"
