@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sized
+from collections.abc import Mapping, Sequence, Sized
 from dataclasses import replace
 from typing import Any
 
@@ -19,7 +19,7 @@ from hpcprune.world import World, part_of_rank
 __all__ = ["evaluate", "inference_seconds", "model_flops"]
 
 TIMED_SAMPLES = 64  # samples in the batch whose inference is timed, where there are as many
-TIMED_RUNS = 15
+TIMED_RUNS = 25
 
 
 @torch.no_grad()
@@ -47,19 +47,22 @@ def evaluate(task: Task, model: nn.Module, dataset: Dataset[Any], batch_size: in
 
 
 @torch.no_grad()
-def inference_seconds(task: Task, model: nn.Module, dataset: Dataset[Any]) -> float:
-    """Seconds to infer one sample, as the median over several runs of one batch, on this rank."""
-    batch = _batch(model, dataset)
-    model.eval()
-    seconds = []
-    for _ in range(TIMED_RUNS + 1):
-        start = time.perf_counter()
-        task.predict(model, batch)
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
-        seconds.append(time.perf_counter() - start)
+def inference_seconds(task: Task, models: Sequence[nn.Module], dataset: Dataset[Any]) -> list[float]:
+    """Seconds that each model takes to infer a sample: the median over runs of one batch, the models in turns."""
     assert isinstance(dataset, Sized)
-    return float(np.median(seconds[1:])) / min(TIMED_SAMPLES, len(dataset))
+    device = next(models[0].parameters()).device
+    samples = [dataset[index] for index in range(min(TIMED_SAMPLES, len(dataset)))]
+    batch = to_device(default_collate(samples), device)
+    seconds: list[list[float]] = [[] for _ in models]
+    for _ in range(TIMED_RUNS + 1):
+        for model, own in zip(models, seconds, strict=True):
+            model.eval()
+            start = time.perf_counter()
+            task.predict(model, batch)
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)
+            own.append(time.perf_counter() - start)
+    return [float(np.median(own[1:])) / len(samples) for own in seconds]
 
 
 def model_flops(task: Task, model: nn.Module, dataset: Dataset[Any], densities: Mapping[str, float]) -> Flops:
@@ -67,12 +70,6 @@ def model_flops(task: Task, model: nn.Module, dataset: Dataset[Any], densities: 
     batch = to_device(default_collate([dataset[0]]), next(model.parameters()).device)
     flops = count_flops(_Predict(task, model), (batch,), {f"model.{name}": value for name, value in densities.items()})
     return replace(flops, by_layer={name.removeprefix("model."): value for name, value in flops.by_layer.items()})
-
-
-def _batch(model: nn.Module, dataset: Dataset[Any]) -> Any:
-    assert isinstance(dataset, Sized)
-    samples = [dataset[index] for index in range(min(TIMED_SAMPLES, len(dataset)))]
-    return to_device(default_collate(samples), next(model.parameters()).device)
 
 
 class _Predict(nn.Module):

@@ -122,9 +122,7 @@ def _safetensors(fd: int, tensors: Tensors, about: About) -> None:
 
 
 def _torch(fd: int, tensors: Tensors, about: About) -> None:
-    weights = {
-        name: to_tensor(stored.array, stored.dtype).reshape(stored.array.shape) for name, stored in tensors.items()
-    }
+    weights = {name: to_tensor(stored.array, stored.dtype) for name, stored in tensors.items()}
     with os.fdopen(os.dup(fd), "wb") as file:
         torch.save(weights, file)
 

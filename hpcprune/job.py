@@ -474,12 +474,11 @@ def _allowed(schema: dict[str, Any]) -> str:
     if schema["type"] == "string":
         return _TEXT
     word = "a whole number" if schema["type"] == "integer" else "a number"
-    low, above = schema.get("minimum"), schema.get("exclusiveMinimum")
-    high, below = schema.get("maximum"), schema.get("exclusiveMaximum")
-    if high is None and below is None:
-        return f"{word} of at least {low}" if above is None else f"{word} above {above}"
-    start = f"[{low}" if above is None else f"({above}"
-    return f"{word} in {start}, " + (f"{high}]" if below is None else f"{below})")
+    bounds = ("minimum", "exclusiveMinimum", "maximum", "exclusiveMaximum")
+    low, above, high, below = (f"{schema[bound]:.15g}" if bound in schema else "" for bound in bounds)
+    if not high and not below:
+        return f"{word} above {above}" if above else f"{word} of at least {low}"
+    return f"{word} in " + (f"({above}, " if above else f"[{low}, ") + (f"{below})" if below else f"{high}]")
 
 
 def _problem(details: Any, values: Any, origins: Mapping[str, str], file: str) -> str:

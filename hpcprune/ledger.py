@@ -69,7 +69,3 @@ class Ledger:
         entry["steps"] += 1
         entry["bytes_dense"] += dense
         entry["bytes_sent"] += sent
-
-    def seconds(self, stage: str) -> float:
-        """Seconds that this round has spent in a stage."""
-        return float(sum(e["seconds"] for e in self.stages if (e["name"], e["round"]) == (stage, self.round)))

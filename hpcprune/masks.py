@@ -69,6 +69,11 @@ class Masks(Mapping[str, torch.Tensor]):
         return {name: native.popcount(bits) for name, bits in self._bits.items()}
 
     @property
+    def densities(self) -> Mapping[str, float]:
+        """The part of each layer's weights that survives."""
+        return {layer.name: self.survivors[layer.name] / layer.weights for layer in self.layers}
+
+    @property
     def weights(self) -> int:
         """How many weights there are, pruned ones included."""
         return sum(layer.weights for layer in self.layers)

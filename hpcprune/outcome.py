@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import datetime
 import os
 import platform
@@ -22,6 +23,7 @@ from hpcprune.masks import Masks
 from hpcprune.prepare import Prepared
 from hpcprune.report import Report
 from hpcprune.shards import imbalance
+from hpcprune.weights import fit_weights, load_weights
 from hpcprune.world import World
 
 __all__ = ["build_report", "measure_costs", "rank_load", "weight_histogram"]
@@ -30,20 +32,36 @@ BINS = 80
 WIDTH = 4.0  # the histogram ends at this many standard deviations of the dense weights
 
 
-def measure_costs(prepared: Prepared, masks: Masks, file: Path | None, epoch_seconds: float | None) -> dict[str, Any]:
-    """What the network costs as it is now. `file` is where it lies on disk."""
+def measure_costs(prepared: Prepared, masks: Masks, file: Path) -> dict[str, Any]:
+    """What the network costs as it is now, times aside. `file` is where it lies on disk."""
     model = prepared.model
-    densities = {layer.name: masks.survivors[layer.name] / layer.weights for layer in masks.layers}
-    flops = model_flops(prepared.task, model, prepared.data.test, densities)
     return {
         "nonzeros": sum(int(torch.count_nonzero(parameter)) for parameter in model.parameters()),
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
-        "flops": flops.survivors,
-        "bytes_disk": file.stat().st_size if file is not None else None,
+        "flops": model_flops(prepared.task, model, prepared.data.test, masks.densities).survivors,
+        "bytes_disk": file.stat().st_size,
         "bytes_memory": prepared.dense_bytes,
-        "seconds_per_sample": inference_seconds(prepared.task, model, prepared.data.test),
-        "seconds_per_epoch": epoch_seconds,
     }
+
+
+def measure_seconds(prepared: Prepared, dense_file: Path, folder: RunFolder) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Seconds a sample and an epoch, of the dense and of the pruned network.
+
+    Inference is timed here, both networks in turns; an epoch is as many median steps as it has.
+    """
+    dense = copy.deepcopy(prepared.model)
+    fit_weights(dense, load_weights(dense_file), dense_file)
+    samples = inference_seconds(prepared.task, [dense, prepared.model], prepared.data.test)
+    steps: dict[str, list[float]] = {"train": [], "retrain": []}
+    for line in folder.read_metrics():
+        if line["kind"] == "step":
+            steps[line["stage"]].append(line["seconds"])
+    epochs = [
+        float(np.median(seconds)) * plan.epoch if plan is not None and seconds else None
+        for plan, seconds in ((prepared.train, steps["train"]), (prepared.retrain, steps["retrain"]))
+    ]
+    found = [{"seconds_per_sample": s, "seconds_per_epoch": e} for s, e in zip(samples, epochs, strict=True)]
+    return found[0], found[1]
 
 
 def weight_histogram(model: nn.Module, masks: Masks, edges: Iterable[float] | None = None) -> dict[str, list[Any]]:
@@ -86,12 +104,16 @@ def build_report(
     ledger: Ledger,
     folder: RunFolder,
     loads: list[dict[str, Any]],
-    pruned: dict[str, Any],
+    dense_file: Path,
     sha256: str,
 ) -> Report:
     """Put the report of a finished run together, on rank 0."""
-    densities = {layer.name: masks.survivors[layer.name] / layer.weights for layer in masks.layers}
-    flops = model_flops(prepared.task, prepared.model, prepared.data.test, densities)
+    flops = model_flops(prepared.task, prepared.model, prepared.data.test, masks.densities)
+    dense_seconds, pruned_seconds = measure_seconds(prepared, dense_file, folder)
+    costs = {
+        "dense": ledger.dense["costs"] | dense_seconds,
+        "pruned": measure_costs(prepared, masks, folder.model) | pruned_seconds,
+    }
     histogram = weight_histogram(prepared.model, masks, ledger.dense["histogram"]["edges"])
     layers = []
     for layer in masks.layers:
@@ -103,13 +125,13 @@ def build_report(
                 "dtype": layer.dtype,
                 "weights": layer.weights,
                 "nonzeros": masks.survivors[layer.name],
-                "sparsity": 1 - densities[layer.name],
+                "sparsity": 1 - masks.densities[layer.name],
                 "threshold": ledger.thresholds.get(layer.name),
                 "flops_dense": dense,
                 "flops_survivors": survivors,
             }
         )
-    exchanges = ledger.exchange
+    exchanges = [each for each in ledger.exchange if each["round"] > 0]
     return {
         "format": 1,
         "job": job.model_dump(mode="json"),
@@ -129,7 +151,7 @@ def build_report(
         "higher_is_better": prepared.task.higher_is_better,
         "layers": layers,  # type: ignore[typeddict-item]
         "evaluations": ledger.evaluations,  # type: ignore[typeddict-item]
-        "costs": {"dense": ledger.dense["costs"], "pruned": pruned},  # type: ignore[dict-item]
+        "costs": costs,
         "exchange": {
             "steps": sum(each["steps"] for each in exchanges),
             "bytes_dense": sum(each["bytes_dense"] for each in exchanges),

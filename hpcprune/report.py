@@ -206,6 +206,7 @@ def print_table(report: Report, console: Console) -> None:
         style = {True: "green", False: "yellow", None: ""}[row.good]
         table.add_row(*map(Text, row[:4]), Text(row.verdict, style=style))
     console.print(table)
+    console.print()
     kept = [f"{finding.what} {finding.ratio}" for finding in findings(report) if not finding.partly]
     if kept:
         console.print(Text("Not smaller or faster: " + ", ".join(kept) + "; the report says why."))

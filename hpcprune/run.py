@@ -82,13 +82,11 @@ class Run:
             assert self.job.train is not None
             self._train("train", self.job.train, plan)
         self._evaluate("dense")
-        file = self.job.weights_file
         if plan is not None:
-            file = self.folder.dense
             with self.ledger.timed("checkpoint"):
                 self.world.lead(lambda: write_model(self.folder.dense, self._state()), "writing dense.h5")
         self.ledger.dense = {
-            "costs": measure_costs(self.prepared, self.masks, file, self._epoch_seconds("train", plan)),
+            "costs": measure_costs(self.prepared, self.masks, self._dense_file),
             "histogram": weight_histogram(self.model, self.masks),
         }
         self._complete_round()
@@ -281,20 +279,16 @@ class Run:
         loads = rank_load(prepared, ledger, self.world)
 
         def report() -> None:
-            pruned = measure_costs(
-                prepared, self.masks, self.folder.model, self._epoch_seconds("retrain", prepared.retrain)
-            )
             self.folder.flush_metrics()
-            found = build_report(self.job, prepared, self.masks, ledger, self.folder, loads, pruned, sha256)
+            found = build_report(self.job, prepared, self.masks, ledger, self.folder, loads, self._dense_file, sha256)
             write_html(found, self.folder.html)
             write_json(found, self.folder.report)
 
         self.world.lead(report, "writing the report")
 
-    def _epoch_seconds(self, stage: str, plan: Plan | None) -> float | None:
-        if plan is None or plan.steps == 0:
-            return None
-        return self.ledger.seconds(stage) / plan.steps * plan.epoch
+    @property
+    def _dense_file(self) -> Path:
+        return self.job.weights_file or self.folder.dense
 
     def _log(self, kind: str, **values: Any) -> None:
         if self.world.rank == 0:

@@ -23,8 +23,6 @@ def sparsity_of_round(prune: Prune, number: int) -> float:
     """
     if not 0 <= number <= prune.rounds:
         raise ValueError(f"round {number} is not in 0 to {prune.rounds}")
-    if number == prune.rounds:
-        return prune.sparsity
     done = number / prune.rounds
     if prune.schedule == "cubic":
         return prune.sparsity * (1 - (1 - done) ** 3)

@@ -28,5 +28,5 @@ def to_array(tensor: torch.Tensor) -> npt.NDArray[Any]:
 def to_tensor(array: npt.NDArray[Any], dtype: str) -> torch.Tensor:
     """The tensor of dtype `dtype` that `to_array` took the array from; memory is shared where that is possible."""
     if dtype == "bfloat16":
-        return torch.from_numpy(np.ascontiguousarray(array).view(np.int16)).view(torch.bfloat16)
-    return torch.from_numpy(np.ascontiguousarray(array))
+        return torch.from_numpy(np.asarray(array, order="C").view(np.int16)).view(torch.bfloat16)
+    return torch.from_numpy(np.asarray(array, order="C"))

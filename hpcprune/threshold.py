@@ -36,7 +36,6 @@ __all__ = ["Threshold", "ThresholdError", "kth_smallest", "select_survivors"]
 Array = npt.NDArray[Any]
 Bits = npt.NDArray[np.uint8]
 
-BRACKET_SIGMAS = 6.0  # a wider bracket is missed less often and holds more to look through
 WIDEN_BLOCK = 1 << 18  # scores converted at a time where a group's dtypes differ; a multiple of 8
 
 
@@ -65,6 +64,7 @@ class Limits:
     """What a selection may send and hold: about 600 kB a rank with these values. The answer never depends on them."""
 
     samples: int = 32768  # scores in the sample, over all ranks and groups
+    sigmas: float = 6.0  # half the bracket's width: a wider one is missed less often and holds more to look through
     bins: int = 4096  # bins of a histogram, over all groups
     gathered: int = 16384  # so few scores that are left are gathered and sorted
     spare: int = 65536  # scores that a rank may collect beyond twice the number that is expected inside a bracket
@@ -253,15 +253,15 @@ class _Group:
             found.append(native.to_keys(_widen(inside, part.form, self.form), self.view))
         return np.concatenate(found)
 
-    def bracket(self, sample: Array) -> None:
-        """Set [lo, hi] so that the k-th smallest almost surely lies in it."""
+    def bracket(self, sample: Array, sigmas: float) -> None:
+        """Set [lo, hi] so that the k-th smallest almost surely lies in it, if `sigmas` is not small."""
         self.lo = self.hi = self.smallest
         if self.k == 0 or not sample.size:
             return
         sample.sort()
         fraction = (self.k - 0.5) / self.total
         exact = sample.size == self.total
-        margin = 0.0 if exact else BRACKET_SIGMAS * math.sqrt(fraction * (1 - fraction) * sample.size) + 2
+        margin = 0.0 if exact else sigmas * (math.sqrt(fraction * (1 - fraction) * sample.size) + 1)
         centre = fraction * sample.size - 0.5
         low, high = (self.k - 1, self.k - 1) if exact else (math.floor(centre - margin), math.ceil(centre + margin))
         self.lo = int(sample[low]) if low >= 0 else self.smallest
@@ -438,7 +438,7 @@ def _sample(groups: Sequence[_Group], world: World, limits: Limits) -> None:
             wanted = 0
         samples.append(group.sample(min(group.size, math.ceil(wanted * group.size / max(1, group.total)))))
     for group, sample in zip(groups, _gather_keys(samples, groups, world, "threshold: sample"), strict=True):
-        group.bracket(sample)
+        group.bracket(sample, limits.sigmas)
 
 
 def _narrow(groups: Sequence[_Group], world: World, limits: Limits, threads: int | None) -> None:

@@ -99,7 +99,7 @@ def _load_checkpoint(path: Path) -> dict[str, Tensor]:
     for key, tensor in state.tensors.items():
         group, _, name = key.partition("/")
         if group in ("parameters", "buffers"):
-            weights[name] = to_tensor(tensor.array, tensor.dtype).reshape(tensor.array.shape)
+            weights[name] = to_tensor(tensor.array, tensor.dtype)
     return weights
 
 

@@ -22,8 +22,8 @@ def random_layer(shape: tuple[int, ...], dtype: str, density: float, seed: int =
     keep = rng.random(weights) < density
     if density < 1:
         values[~keep] = 0
-    stored = (values.view(np.uint32) >> 16).astype(np.uint16) if dtype == "bfloat16" else values.astype(
-        NUMPY_TYPES[dtype]
+    stored = (
+        (values.view(np.uint32) >> 16).astype(np.uint16) if dtype == "bfloat16" else values.astype(NUMPY_TYPES[dtype])
     )
     mask = np.packbits(keep, bitorder="little") if density < 1 else None
     return LayerState(shape, dtype, stored, mask, attributes)
@@ -32,7 +32,13 @@ def random_layer(shape: tuple[int, ...], dtype: str, density: float, seed: int =
 def small_state() -> State:
     """One of each thing that a file holds, in a few hundred bytes."""
     return State(
-        about={"job": {"prune": {"sparsity": 0.5, "include": ["*"]}}, "seed": 7, "rate": 0.5, "task": "mnist", "ok": True},
+        about={
+            "job": {"prune": {"sparsity": 0.5, "include": ["*"]}},
+            "seed": 7,
+            "rate": 0.5,
+            "task": "mnist",
+            "ok": True,
+        },
         layers={
             "conv.weight": random_layer((4, 3, 3), "float32", 0.5, 1, criterion="magnitude", threshold=0.25),
             "fc.weight": random_layer((3, 7), "bfloat16", 0.08, 2),

@@ -10,7 +10,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import Launch
 from rich.console import Console
 
 from hpcprune import doctor, native
@@ -19,6 +18,7 @@ from hpcprune.checkpoint.format import LayerState, State
 from hpcprune.doctor import Finding, compare_mpirun, exit_code, judge_srun, print_findings, run_doctor
 from hpcprune.errors import HpcpruneError, WorldError
 from hpcprune.world import SIZE_VARIABLES, World
+from tests.conftest import Launch
 
 OPEN_MPI = "Open MPI v5.0.11, package: Open MPI user@host Distribution, ident: 5.0.11, repo rev: v5.0.11"
 MPICH = "MPICH Version:      4.2.3\nMPICH Release date: Thu Oct  3 2024\n"
@@ -91,6 +91,7 @@ def test_every_rank_takes_part(mpirun: Launch, tmp_path: Path) -> None:
     assert ["ok", "gloo group       an all-reduce over 2 ranks is right"] in lines
     at = next(i for i, line in enumerate(lines) if line[0] == "ok" and line[1].startswith("native kernels"))
     assert lines[at + 1] == ["warn", "native kernels   rank 1: numpy: forced by HPCPRUNE_NATIVE"]
+    assert done.stdout.count("rank 1:") == 1  # what is well there is not repeated
     assert "MPI sees 2 ranks" in done.stdout and ", of OpenMPI " in done.stdout and "mpi4py" in done.stdout
 
 

@@ -296,7 +296,7 @@ def test_hostile_text_is_text(tmp_path: Path) -> None:
     whole = text_of(root)
     assert "alert(1)" in whole
     assert "{{ 7 * 7 }}" in whole
-    assert "$x_1$" in text_of(figures(root)["sparsity of each layer"])
+    assert "$x_1$" in text_of(figures(root)["wall time of each stage"])
     assert not set("\x00\x1b\ud800") & set((tmp_path / "report.html").read_text(encoding="utf-8"))
     console = Console(file=io.StringIO(), width=80, force_terminal=True, color_system=None)
     print_table(report, console)
@@ -567,7 +567,10 @@ def test_a_file_is_replaced_whole_or_not_at_all(write: Any, tmp_path: Path, monk
         patch.setattr("os.fsync", full)
         write(sample(), path)
     assert path.read_text() == "before"
+    (tmp_path / "reader").hardlink_to(path)
     write(sample(), path)
+    assert (tmp_path / "reader").read_text() == "before"  # a new file took the name, the old one was not written into
+    (tmp_path / "reader").unlink()
     assert path.read_text(encoding="utf-8")[:1] in "{<"
     assert path.stat().st_mode == mode
     assert [p.name for p in tmp_path.iterdir()] == ["report"]

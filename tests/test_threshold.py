@@ -19,9 +19,15 @@ from hpcprune.world import World
 ALONE = World.alone()
 PATHS = ("avx512", "avx2", "portable", "numpy")
 DTYPES = ("float64", "float32", "float16", "bfloat16")
-# So small that every part of the search is needed: brackets miss, buffers overflow, many rounds of histograms.
-TIGHT = Limits(samples=6, bins=4, gathered=2, spare=0)
-SMALL = Limits(samples=200, bins=64, gathered=16, spare=8)
+# Every part of the search is needed by one of these: many rounds of histograms, a bracket that misses on either side,
+# and more inside the bracket than may be collected.
+LIMITS = {
+    "usual": None,
+    "small": Limits(samples=200, bins=64, gathered=16, spare=8),
+    "rounds": Limits(samples=20, bins=4, gathered=2, spare=0),
+    "misses": Limits(samples=8, sigmas=0, bins=8, gathered=4, spare=0),
+    "overflows": Limits(samples=40, sigmas=1, bins=16, gathered=4, spare=-(10**9)),
+}
 
 
 def as_dtype(values: Any, dtype: str) -> Any:
@@ -83,7 +89,7 @@ ODD += [3.3e38, -3.3e38, 1.7e308, -1.7e308, 1.0000001, 1.001, 1.01, 0.5, -0.5, 0
     dtype=st.sampled_from(DTYPES),
     path=st.sampled_from(PATHS),
     absolute=st.booleans(),
-    limits=st.sampled_from([None, SMALL, TIGHT]),
+    limits=st.sampled_from(list(LIMITS.values())),
 )
 def test_equals_a_stable_sort(
     data: st.DataObject, dtype: str, path: str, absolute: bool, limits: Limits | None
@@ -100,7 +106,7 @@ def test_equals_a_stable_sort(
         check(arrays, k, absolute, limits)
 
 
-@pytest.mark.parametrize("limits", [None, SMALL, TIGHT])
+@pytest.mark.parametrize("limits", LIMITS.values(), ids=LIMITS.keys())
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("path", PATHS)
 def test_large_arrays_of_many_ties(
@@ -120,6 +126,13 @@ def test_large_arrays_of_many_ties(
             check(arrays, k, k % 2 == 0, limits)
 
 
+@pytest.mark.parametrize("limits", LIMITS.values(), ids=LIMITS.keys())
+def test_neighbouring_scores_are_told_apart(limits: Limits | None) -> None:
+    scores = np.random.default_rng(0).permutation(np.arange(1, 1500, dtype=np.int32)).view(np.float32)
+    for k in range(1, scores.size + 1, 17):
+        check([scores], k, False, limits)
+
+
 @pytest.mark.parametrize("layers", [1, 3])
 def test_threads_do_not_change_the_answer(layers: int) -> None:
     random = np.random.default_rng(layers)
@@ -132,7 +145,7 @@ def test_threads_do_not_change_the_answer(layers: int) -> None:
 @given(
     dtypes=st.lists(st.sampled_from(DTYPES), min_size=2, max_size=4),
     absolute=st.booleans(),
-    limits=st.sampled_from([None, SMALL, TIGHT]),
+    limits=st.sampled_from(list(LIMITS.values())),
     seed=st.integers(0, 99),
 )
 def test_differing_dtypes_are_compared_exactly(

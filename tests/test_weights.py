@@ -317,6 +317,10 @@ CASES: list[tuple[dict[str, Tensor | None], list[str]]] = [
         {"norm__num_batches_tracked": torch.tensor(1.5)},
         ["norm.num_batches_tracked is float32, the model's is int64; convert the file"],
     ),
+    (
+        {"norm__num_batches_tracked": torch.tensor(1 + 1j)},
+        ["norm.num_batches_tracked is complex64, the model's is int64; convert the file"],
+    ),
     ({"fc__bias": torch.ones(3, dtype=torch.complex64)}, ["fc.bias is complex64, the model's is float32"]),
 ]
 

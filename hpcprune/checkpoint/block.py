@@ -11,7 +11,6 @@ import hashlib
 import os
 import re
 import stat
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -48,15 +47,13 @@ def render(block: Block) -> bytes:
     return text.encode().ljust(BLOCK, b"\n")
 
 
-def hash_rest(fd: int, progress: Callable[[int], None] | None = None) -> tuple[int, str]:
-    """Count and hash the bytes after the text; `progress` is told how many bytes were read, now and then."""
+def hash_rest(fd: int) -> tuple[int, str]:
+    """Count and hash the bytes after the text."""
     digest, buffer, at = hashlib.sha256(), bytearray(READ), BLOCK
     view = memoryview(buffer)
     while count := os.preadv(fd, [buffer], at):
         digest.update(view[:count])
         at += count
-        if progress:
-            progress(count)
     return at - BLOCK, digest.hexdigest()
 
 

@@ -170,9 +170,11 @@ def read_outline(group: Node) -> Outline:
     order, weights, survivors = (_count(group, fields, key) for key in ("order", "weights", "survivors"))
     shape, dtype = _form(group, fields, given)
     masked = fields["masked"]
-    if type(masked) is not bool or weights != weights_of(shape) or not (survivors == weights or masked):
+    if type(masked) is not bool or weights != weights_of(shape):
+        group.refuse("states counts of weights and masks that do not go together")
+    if survivors > weights or (survivors < weights and not masked):
         group.refuse("states counts of weights and survivors that do not go together")
-    if survivors > weights or fields["sparsity"] != sparsity(survivors, weights):
+    if fields["sparsity"] != sparsity(survivors, weights):
         group.refuse(f"states a sparsity of {fields['sparsity']}, which is not that of its counts")
     if group.children():
         group.refuse("holds something; an index only describes layers")

@@ -31,7 +31,7 @@ from hpcprune.checkpoint.write import (
 )
 from hpcprune.errors import CheckpointError
 
-__all__ = ["Ranks", "SpanLike", "step_folders", "write_step"]
+__all__ = ["Ranks", "SpanLike", "shard_name", "step_folders", "write_shard", "write_step"]
 
 INDEX = "index.h5"
 _STEP = re.compile(r"step-(\d{8,18})(\.replaced)?")
@@ -93,7 +93,7 @@ def write_step(
     _on_rank_0(world, what, lambda: _prepare(root, partial))
     cause: Exception | None = None
     try:
-        outcome: Block | str = _write_shard(partial, step, state, shards, world)
+        outcome: Block | str = write_shard(partial, step, state, shards, world)
     except Exception as error:
         outcome, cause = _describe(error), error
     outcomes = world.allgather(outcome, what)
@@ -143,7 +143,8 @@ def _prepare(root: Path, partial: Path) -> None:
         raise disk_error(root, error) from error
 
 
-def _write_shard(folder: Path, step: int, state: State, shards: Sequence[Sequence[SpanLike]], world: Ranks) -> Block:
+def write_shard(folder: Path, step: int, state: State, shards: Sequence[Sequence[SpanLike]], world: Ranks) -> Block:
+    """Write one rank's file into a step's folder; what its first lines say."""
     names = list(state.layers)
     for name in names:
         check_layer(name, state.layers[name])

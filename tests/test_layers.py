@@ -1,0 +1,70 @@
+"""Which parameters are prunable, by the modules that hold them and not by names or containers."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from hpcprune.errors import JobError
+from hpcprune.layers import find_layers
+
+
+class Language(nn.Module):
+    """A model without nn.Sequential, with tied weights, a norm, a recurrent layer and attention."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(30, 8)
+        self.rnn = nn.GRU(8, 8, num_layers=2, bidirectional=True)
+        self.cell = nn.LSTMCell(16, 4)
+        self.attention = nn.MultiheadAttention(8, 2)
+        self.norm = nn.LayerNorm(8)
+        self.conv = nn.ConvTranspose2d(3, 5, 3)
+        self.odd_name = nn.Linear(8, 6)
+        self.again = self.odd_name
+        self.head = nn.Linear(8, 30)
+        self.head.weight = self.embedding.weight
+        self.free = nn.Parameter(torch.zeros(4, 4))
+
+
+def names(model: nn.Module, **patterns: list[str]) -> list[str]:
+    return [layer.name for layer in find_layers(model, **patterns)]
+
+
+def test_weights_of_linear_conv_and_recurrent_layers_are_prunable_and_nothing_else() -> None:
+    model = Language()
+    expected = [
+        name
+        for name, parameter in model.named_parameters()
+        if parameter.ndim > 1 and name not in ("embedding.weight", "free") and "bias" not in name
+    ]
+    assert names(model) == expected
+    assert "rnn.weight_hh_l1_reverse" in expected and "attention.in_proj_weight" in expected
+
+
+def test_a_layer_has_its_parameters_shape_and_dtype() -> None:
+    (layer,) = find_layers(nn.ModuleDict({"x": nn.Conv2d(3, 4, 5, dtype=torch.bfloat16)}))
+    assert (layer.name, layer.shape, layer.dtype) == ("x.weight", (4, 3, 5, 5), "bfloat16")
+    assert (layer.weights, layer.row) == (300, 75)
+
+
+def test_patterns_match_parameters_and_modules() -> None:
+    model = Language()
+    assert names(model, include=["rnn"]) == [name for name in names(model) if name.startswith("rnn.")]
+    assert names(model, include=["*hh*"], exclude=["cell"]) == [
+        name for name in names(model) if "hh" in name and "cell" not in name
+    ]
+
+
+@pytest.mark.parametrize("key", ["include", "exclude"])
+def test_a_pattern_that_matches_nothing_is_an_error_that_names_what_is_near(key: str) -> None:
+    with pytest.raises(JobError, match=f"prune.{key}: 'odd_nam' matches no prunable layer.*odd_name.weight"):
+        find_layers(Language(), **{key: ["odd_nam"]})
+
+
+def test_a_model_without_prunable_layers_is_an_error_that_says_what_it_has() -> None:
+    with pytest.raises(JobError, match=r"no prunable layer: .*LayerNorm"):
+        find_layers(nn.Sequential(nn.LayerNorm(3), nn.ReLU()))
+    with pytest.raises(JobError, match=r"leave none of 1"):
+        find_layers(nn.Sequential(nn.Linear(3, 3)), exclude=["*"])
