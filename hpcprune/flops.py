@@ -48,8 +48,9 @@ def count_flops(model: nn.Module, inputs: Any, densities: Mapping[str, float]) -
     """Count the FLOPs of `model` for one batch, in evaluation mode and without gradients.
 
     `inputs` is what the model is called with: a tuple is its positional arguments (so an argument that is a tuple goes
-    within one), anything else its only argument; tensors must be on the model's device. `densities` says for parameters,
-    by their name in `named_parameters`, which part of their weights survives, in [0, 1]; one that is not named is dense.
+    within one), anything else its only argument; tensors must be on the model's device. `densities` says for
+    parameters, by their name in `named_parameters`, which part of their weights survives, in [0, 1]; one that is not
+    named is dense.
     A density is taken as a number of survivors, the nearest to density * weights, and where only a part of a parameter
     is used (the key projection within `in_proj_weight`), that part is taken to be as dense as the whole.
 

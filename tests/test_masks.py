@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 import pytest
 import torch
@@ -69,7 +71,7 @@ def test_pieces_of_any_length_are_put_together(sizes: list[int], random) -> None
     spans, own = [], []
     for number, mask in enumerate(whole):
         cuts = sorted({0, mask.size, *(random.randrange(mask.size + 1) for _ in range(3))})
-        for start, stop in zip(cuts, cuts[1:], strict=False):
+        for start, stop in itertools.pairwise(cuts):
             spans.append(Span(number, start, stop))
             own.append(pack(mask[start:stop]))
     masks = gather_masks(layers, [spans], own, World.alone())
