@@ -30,7 +30,7 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from hpcprune import native
+from hpcprune.native.library import describe
 from hpcprune.threshold import select_survivors
 from hpcprune.world import World
 
@@ -222,7 +222,7 @@ def compare(weights: int, ranks: int) -> None:
             memory[name] = fresh["memory"]
             seconds.setdefault(name, fresh["seconds"])
     print(f"\n{weights / 1e6:g} M float32 weights, {LAYERS} layers, {ranks} rank{'s' * (ranks > 1)}, ", end="")
-    print(f"{max(1, cores() // ranks)} threads a rank, {SPARSITY:.0%} pruned; {native.describe()}")
+    print(f"{max(1, cores() // ranks)} threads a rank, {SPARSITY:.0%} pruned; {describe()}")
     print(f"{'':24}{'seconds':>10}{'/ hpcprune':>12}{'/ limit':>9}{'extra peak MB':>15}{'bytes to collectives':>22}")
     for name in (OURS, KTHVALUE, TORCH, LIMIT):
         if name in seconds:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from pathlib import Path
 
@@ -34,7 +33,7 @@ def run(job: Path, overrides: tuple[str, ...], out: str | None, verbose: bool) -
 
     Keys of the job file can be given as KEY=VALUE: prune.sparsity=0.98
     """
-    from hpcprune.job import load_job
+    from hpcprune.job_file import load_job
     from hpcprune.world import World
 
     world = World.of(None)
@@ -65,9 +64,9 @@ def run(job: Path, overrides: tuple[str, ...], out: str | None, verbose: bool) -
                 f"{folder.path} holds this run, complete; its result is below. To start afresh: rm -r {folder.path}"
             )
         if world.rank == 0:
-            from hpcprune.report import print_table
+            from hpcprune.report.table import print_table
 
-            print_table(json.loads(folder.report.read_text()), display.console)
+            print_table(folder.read_report(), display.console)
 
 
 @cli.command()
@@ -78,7 +77,7 @@ def plan(job: Path, overrides: tuple[str, ...], ranks: int) -> None:
     """Show which rank would score what, what would travel, and the memory a rank needs."""
     from rich.console import Console
 
-    from hpcprune.job import load_job
+    from hpcprune.job_file import load_job
     from hpcprune.plan import make_plan, print_plan
     from hpcprune.prepare import prepare
     from hpcprune.world import World
@@ -134,7 +133,8 @@ def doctor() -> None:
     """Try one of each thing that a run needs, and say what works, what does not, and the fix."""
     from rich.console import Console
 
-    from hpcprune.doctor import exit_code, print_findings, run_doctor
+    from hpcprune.doctor.finding import exit_code, print_findings
+    from hpcprune.doctor.visit import run_doctor
     from hpcprune.world import World
 
     world = World.of(None, timeout=60)

@@ -7,7 +7,20 @@ is shown with its traceback.
 
 from __future__ import annotations
 
-__all__ = ["CheckpointError", "HpcpruneError", "JobError", "NumericsError", "TaskError", "WeightsError", "WorldError"]
+import json
+
+__all__ = [
+    "CheckpointError",
+    "HpcpruneError",
+    "JobError",
+    "NumericsError",
+    "TaskError",
+    "ThresholdError",
+    "WeightsError",
+    "WorldError",
+    "short",
+    "show",
+]
 
 
 class HpcpruneError(Exception):
@@ -32,9 +45,27 @@ class NumericsError(HpcpruneError):
     """A weight, a score or a loss is NaN or infinite."""
 
 
+class ThresholdError(HpcpruneError, ValueError):
+    """k, or the arrays of scores, are not usable."""
+
+
 class CheckpointError(HpcpruneError):
     """A checkpoint is damaged, hostile, of a newer format, or not a checkpoint."""
 
 
 class WorldError(HpcpruneError):
     """The ranks are not what the launcher promised, or some of them did not arrive."""
+
+
+def show(value: object) -> str:
+    """A value as an error shows it: on one line, nearly as YAML would be written, cut where it is long."""
+    try:
+        return short(json.dumps(value, ensure_ascii=False, default=str))
+    except ValueError:
+        return "a value that holds itself"
+
+
+def short(value: object) -> str:
+    """A text as an error quotes it: on one line, cut where it is long."""
+    text = " ".join(str(value).split())
+    return text if len(text) <= 100 else text[:97] + "..."

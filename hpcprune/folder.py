@@ -12,6 +12,7 @@ runs/mnist/
 from __future__ import annotations
 
 import fcntl
+import io
 import json
 import os
 import shutil
@@ -20,7 +21,8 @@ from pathlib import Path
 from typing import IO, Any
 
 from hpcprune.errors import JobError
-from hpcprune.job import Job, differences, load_job
+from hpcprune.job import Job, differences
+from hpcprune.job_file import load_job
 
 __all__ = ["RunFolder"]
 
@@ -40,7 +42,9 @@ class RunFolder:
         self.html = self.path / "report.html"
         self.report = self.path / "report.json"
         self._lock: IO[str] | None = None
-        self._metrics: IO[str] | None = None
+        self._raw: io.FileIO | None = None
+        self._metrics: io.TextIOWrapper | None = None
+        self._new = self.path / "job.new"  # job.yaml while it is being written
 
     @property
     def complete(self) -> bool:
@@ -49,15 +53,25 @@ class RunFolder:
 
     def check(self, job: Job) -> None:
         """Raise JobError if the folder holds anything but a run of this job, or cannot be written."""
+        try:
+            self._check(job)
+        except OSError as error:
+            raise JobError(
+                f"out: {error.filename or self.path}: {error.strerror}; choose another folder with --out"
+            ) from None
+
+    def _check(self, job: Job) -> None:
         if not self.path.exists():
-            parent = next(parent for parent in self.path.absolute().parents if parent.exists())
+            parent = self._nearest()
             if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
-                raise JobError(f"out: {self.path} cannot be made: {parent} is not a writable folder; choose another")
+                raise JobError(
+                    f"out: {self.path} cannot be made: {parent} is not a writable folder; choose another with --out"
+                )
             return
         if not self.path.is_dir():
             raise JobError(f"out: {self.path} is not a folder; choose another with --out")
         if not self.job.is_file():
-            if any(self.path.iterdir()):
+            if any(path != self._new for path in self.path.iterdir()):
                 raise JobError(
                     f"out: {self.path} is not empty and holds no run (no job.yaml); choose another folder with --out"
                 )
@@ -66,8 +80,9 @@ class RunFolder:
                 f"out: {self.path} holds the run of another job ({self._what_differs(job)}); choose another folder "
                 f"with --out, or remove it: rm -r {self.path}"
             )
-        if not self.complete and not os.access(self.path, os.W_OK | os.X_OK):
-            raise JobError(f"out: {self.path} is not writable; choose another folder with --out")
+        for path in (self.path, self.checkpoints, self.metrics):
+            if not self.complete and path.exists() and not os.access(path, os.W_OK):
+                raise JobError(f"out: {path} is not writable; choose another folder with --out")
 
     def open(self, job: Job, needed: int) -> None:
         """Make the folder and write job.yaml, unless they are there. `needed`: bytes that the run will write at least.
@@ -76,34 +91,41 @@ class RunFolder:
             JobError: it cannot be written, the disk has less room than needed, or another process runs in it.
         """
         try:
-            self.path.mkdir(parents=True, exist_ok=True)
-            free = shutil.disk_usage(self.path).free
+            free = shutil.disk_usage(self._nearest()).free
             if free < needed:
                 raise JobError(
-                    f"out: {self.path} has {free / 1e6:.1f} MB of room, and a checkpoint needs {needed / 1e6:.1f} MB; "
-                    "make room, or choose another folder with --out"
+                    f"out: {self.path} has {free:,} bytes of room, and a checkpoint needs {needed:,}; make room, or "
+                    "choose another folder with --out"
                 )
+            self.path.mkdir(parents=True, exist_ok=True)
             if not self.job.exists():
-                text = f"{_DIGEST}{job.digest()}\n{job.to_yaml(beside=self.path)}"
-                new = self.job.with_suffix(".new")
-                new.write_text(text)
-                new.replace(self.job)
+                self._new.write_text(f"{_DIGEST}{job.digest()}\n{job.to_yaml(beside=self.path)}")
+                self._new.replace(self.job)
             self._lock = self.job.open()
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise JobError(f"out: another process is running in {self.path}; wait for it, or choose another") from None
         except OSError as error:
-            raise JobError(f"out: {self.path} cannot be written: {error.strerror}; choose another folder") from None
+            raise JobError(
+                f"out: {self.path} cannot be written: {error.strerror}; choose another folder with --out"
+            ) from None
 
     def open_metrics(self, length: int) -> None:
         """Open metrics.jsonl for more lines behind its first `length` bytes; what was behind them is cut off."""
-        self._metrics = self.metrics.open("a")
-        self._metrics.truncate(min(length, self.metrics.stat().st_size))
+        try:
+            self._raw = io.FileIO(self.metrics, "a")
+            self._raw.truncate(min(length, self.metrics.stat().st_size))
+        except OSError as error:
+            raise self._unwritable(error) from None
+        self._metrics = io.TextIOWrapper(io.BufferedWriter(self._raw), encoding="utf-8")
 
     def write_metrics(self, line: dict[str, Any]) -> None:
         """Append a line to metrics.jsonl."""
         assert self._metrics is not None
-        self._metrics.write(json.dumps(line) + "\n")
+        try:
+            self._metrics.write(json.dumps(line) + "\n")
+        except OSError as error:
+            raise self._unwritable(error) from None
 
     def flush_metrics(self) -> int:
         """Bring all lines to the file; its length in bytes."""
@@ -111,17 +133,37 @@ class RunFolder:
         try:
             self._metrics.flush()
         except OSError as error:
-            raise JobError(
-                f"{self.metrics}: {error.strerror}; make room and run the same command again: it goes on from the last "
-                "checkpoint"
-            ) from None
+            raise self._unwritable(error) from None
         return self.metrics.stat().st_size
+
+    def _unwritable(self, error: OSError) -> JobError:
+        """What to tell when metrics.jsonl cannot be written; the lines that are not in it yet are given up."""
+        if self._raw is not None:
+            self._raw.close()  # or Python would try once more at exit, and be loud about it
+        return JobError(
+            f"{self.metrics}: cannot be written: {error.strerror}; put that right and run the same command again: it "
+            "goes on from the last checkpoint"
+        )
 
     def read_metrics(self) -> Iterator[dict[str, Any]]:
         """The lines of metrics.jsonl."""
         with self.metrics.open() as lines:
             for line in lines:
                 yield json.loads(line)
+
+    def read_report(self) -> Any:
+        """What report.json holds."""
+        try:
+            return json.loads(self.report.read_text())
+        except (OSError, ValueError):
+            raise JobError(
+                f"{self.report}: damaged, or not to be read; remove it and run the same command again: it is made anew"
+            ) from None
+
+    def _nearest(self) -> Path:
+        """The folder, or what is there of the path to it."""
+        path = self.path.absolute()
+        return next(there for there in (path, *path.parents) if there.exists())
 
     def _digest(self) -> str:
         first = self.job.read_text(errors="replace").partition("\n")[0]

@@ -16,8 +16,8 @@ import numpy.typing as npt
 import torch
 from torch import nn
 
-from hpcprune import native
 from hpcprune.errors import HpcpruneError, WorldError
+from hpcprune.native.survivors import popcount
 from hpcprune.shards import Layer, Span
 from hpcprune.world import World
 
@@ -66,7 +66,7 @@ class Masks(Mapping[str, torch.Tensor]):
     @cached_property
     def survivors(self) -> Mapping[str, int]:
         """How many weights of each layer survive."""
-        return {name: native.popcount(bits) for name, bits in self._bits.items()}
+        return {name: popcount(bits) for name, bits in self._bits.items()}
 
     @property
     def densities(self) -> Mapping[str, float]:

@@ -21,7 +21,7 @@ from hpcprune.job import Job
 from hpcprune.ledger import Ledger
 from hpcprune.masks import Masks
 from hpcprune.prepare import Prepared
-from hpcprune.report import Report
+from hpcprune.report.format import Report
 from hpcprune.shards import imbalance
 from hpcprune.weights import fit_weights, load_weights
 from hpcprune.world import World

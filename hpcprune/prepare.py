@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from hpcprune.errors import NumericsError
 from hpcprune.job import Job
 from hpcprune.layers import find_layers
 from hpcprune.seeds import seed_all
@@ -61,6 +62,8 @@ def _prepare(job: Job, world: World, threads: int, place: int) -> Prepared:
     layers = find_layers(model, job.prune.include, job.prune.exclude)
     if job.weights_file is not None:
         fit_weights(model, load_weights(job.weights_file), job.weights_file)
+    else:
+        _check_finite(model, task)
     data = build_data(task, world.size)
     for part in (data.train, data.test):
         call_user(lambda part=part: part[0], f"{type(task).__name__}.data")
@@ -74,3 +77,14 @@ def _prepare(job: Job, world: World, threads: int, place: int) -> Prepared:
     if torch.cuda.is_available():
         model.to(torch.device("cuda", place % torch.cuda.device_count()))
     return Prepared(task, model, data, layers, deal(layers, world.size), dense, retrain, threads)
+
+
+def _check_finite(model: nn.Module, task: Task) -> None:
+    """Raise NumericsError if a weight that training would begin with is NaN or infinite."""
+    for name, parameter in model.named_parameters():
+        bad = int((~torch.isfinite(parameter)).sum())
+        if bad:
+            raise NumericsError(
+                f"task: {type(task).__name__}.model(): {name}: {bad} of {parameter.numel()} weights are NaN or "
+                "infinite; initialise them"
+            )

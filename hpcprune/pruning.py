@@ -15,11 +15,11 @@ import numpy as np
 import torch
 from torch import nn
 
-from hpcprune import native
 from hpcprune.criteria import CRITERIA
 from hpcprune.errors import JobError
 from hpcprune.layers import find_layers
 from hpcprune.masks import Bits, Masks, gather_masks
+from hpcprune.native.survivors import gather, popcount
 from hpcprune.schedule import pruned_count
 from hpcprune.shards import Layer, Span, deal
 from hpcprune.threshold import Threshold, select_survivors
@@ -159,11 +159,11 @@ def _slice_bits(packed: Bits, span: Span) -> Bits:
 
 def _gather(values: torch.Tensor, bits: Bits) -> torch.Tensor:
     storage = {8: torch.int64, 4: torch.int32, 2: torch.int16}[values.element_size()]
-    return torch.from_numpy(native.gather(values.contiguous().view(storage).numpy(), bits)).view(values.dtype)
+    return torch.from_numpy(gather(values.contiguous().view(storage).numpy(), bits)).view(values.dtype)
 
 
 def _deposit(new: Bits, old: Bits) -> Bits:
     """The bits `new`, one for each bit set in `old`, put at the places of those."""
     places = np.unpackbits(old, bitorder="little").view(np.bool_)
-    places[places] = np.unpackbits(new, count=native.popcount(old), bitorder="little").view(np.bool_)
+    places[places] = np.unpackbits(new, count=popcount(old), bitorder="little").view(np.bool_)
     return np.packbits(places, bitorder="little")

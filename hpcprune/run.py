@@ -29,7 +29,8 @@ from hpcprune.outcome import build_report, measure_costs, rank_load, weight_hist
 from hpcprune.prepare import prepare
 from hpcprune.progress import Display
 from hpcprune.pruning import prune_layers
-from hpcprune.report import write_html, write_json
+from hpcprune.report.page import write_html
+from hpcprune.report.write import write_json
 from hpcprune.schedule import sparsity_of_round
 from hpcprune.snapshot import load_buffers, own_buffers, restore_masks, restore_model, snapshot
 from hpcprune.stop import StopFlag

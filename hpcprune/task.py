@@ -19,6 +19,7 @@ import importlib
 import importlib.util
 import inspect
 import sys
+import sysconfig
 import traceback
 from abc import ABC, abstractmethod
 from collections.abc import Sized
@@ -30,6 +31,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.parameter import is_lazy
 from torch.utils.data import Dataset
 
 from hpcprune.errors import TaskError
@@ -147,7 +149,7 @@ def call_user(function: Any, name: str) -> Any:
     """Call the user's code; what it raises becomes a TaskError that shows the user's own line."""
     try:
         return function()
-    except Exception as error:
+    except (Exception, SystemExit) as error:  # a task that says sys.exit() would end the run without a word
         raise TaskError(f"task: {name} raised {_own_line(error)}") from error
 
 
@@ -156,6 +158,12 @@ def build_model(task: Task) -> nn.Module:
     model = call_user(task.model, f"{type(task).__name__}.model")
     if not isinstance(model, nn.Module):
         raise TaskError(f"task: {type(task).__name__}.model() gave {type(model).__name__}, not a torch.nn.Module")
+    lazy = [name for name, parameter in model.named_parameters() if is_lazy(parameter)]
+    if lazy:
+        raise TaskError(
+            f"task: {type(task).__name__}.model(): the shape of {lazy[0]} is not known yet; call the model once on a "
+            "batch before it is returned"
+        )
     return model
 
 
@@ -195,9 +203,7 @@ def _run_file(path: Path) -> ModuleType:
         sys.path.insert(0, str(path.parent.resolve()))  # as for a script: a task may import its neighbours
     try:
         spec.loader.exec_module(module)
-    except SyntaxError as error:
-        raise TaskError(f"task: {error.filename}:{error.lineno}: {error.msg}: {(error.text or '').strip()}") from error
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise TaskError(f"task: {path} raised {_own_line(error)}") from error
     return module
 
@@ -213,17 +219,21 @@ def _import(name: str, folder: Path) -> ModuleType:
                 f"task: {name!r} is neither a file beside the job file (name it with .py) nor an importable module"
             ) from error
         raise TaskError(f"task: importing {name} raised {_own_line(error)}") from error
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise TaskError(f"task: importing {name} raised {_own_line(error)}") from error
 
 
 def _own_line(error: BaseException) -> str:
-    """The error with the innermost line that is not in an installed package: the user's own, most likely."""
-    frames = traceback.extract_tb(error.__traceback__)
-    own = [f for f in frames if "site-packages" not in f.filename and not f.filename.startswith("<") and f.lineno]
-    own = [f for f in own if Path(f.filename).resolve().parent != Path(__file__).resolve().parent] or own
-    text = f"{type(error).__name__}: {error}".replace("\n", " ")
-    return f"{text} (at {own[-1].filename}:{own[-1].lineno}: {own[-1].line})" if own else text
+    """The error with the innermost line that is neither Python's nor an installed package's: the user's own."""
+    if isinstance(error, SyntaxError) and error.lineno:
+        return f"{type(error).__name__}: {error.msg} (at {error.filename}:{error.lineno}: {(error.text or '').strip()})"
+    ours, python = Path(__file__).resolve().parent, Path(sysconfig.get_path("stdlib"))
+    frames = [f for f in traceback.extract_tb(error.__traceback__) if f.lineno and not f.filename.startswith("<")]
+    frames = [f for f in frames if not Path(f.filename).resolve().is_relative_to(ours)]
+    own = [f for f in frames if "site-packages" not in f.filename and not Path(f.filename).is_relative_to(python)]
+    text = " ".join(f"{type(error).__name__}: {error}".split())
+    where = (own or frames)[-1:]
+    return f"{text} (at {where[0].filename}:{where[0].lineno}: {where[0].line})" if where else text
 
 
 def to_device(batch: Any, device: torch.device) -> Any:

@@ -46,9 +46,9 @@ def load_weights(path: Path) -> dict[str, Tensor]:
     Raises:
         WeightsError: there is no such file, it is damaged, holds code, or is none of the three formats.
     """
-    if path.exists() and not path.is_file() and not path.is_dir():  # opening a named pipe would wait for a writer
-        raise WeightsError(f"{path}: not a file; {_KINDS}")
     try:
+        if path.exists() and not path.is_file() and not path.is_dir():  # opening a named pipe would wait for a writer
+            raise WeightsError(f"{path}: not a file; {_KINDS}")
         with path.open("rb") as file:
             start = file.read(512)
     except FileNotFoundError:

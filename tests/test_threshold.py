@@ -11,8 +11,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hpcprune import native
 from hpcprune.errors import HpcpruneError, NumericsError
+from hpcprune.native.library import library
 from hpcprune.threshold import Limits, Threshold, ThresholdError, kth_smallest, select_survivors
 from hpcprune.world import World
 
@@ -100,7 +100,7 @@ def test_equals_a_stable_sort(
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("HPCPRUNE_NATIVE", path)
         try:
-            native.library()
+            library()
         except HpcpruneError:
             return
         check(arrays, k, absolute, limits)
@@ -114,7 +114,7 @@ def test_large_arrays_of_many_ties(
 ) -> None:
     monkeypatch.setenv("HPCPRUNE_NATIVE", path)
     try:
-        native.library()
+        library()
     except HpcpruneError as error:
         pytest.skip(str(error))
     random = np.random.default_rng(7)

@@ -11,7 +11,6 @@ from typing import Any
 
 import numpy as np
 
-from hpcprune import native
 from hpcprune.checkpoint.bits import join_bits, padding_clear, popcount, tally
 from hpcprune.checkpoint.format import (
     CHUNK,
@@ -29,6 +28,7 @@ from hpcprune.checkpoint.format import (
     weights_of,
 )
 from hpcprune.checkpoint.strict import Node
+from hpcprune.native.survivors import scatter
 
 __all__ = ["Outline", "Piece", "check_tensor", "open_tensor", "read_outline", "read_piece", "read_tensor"]
 
@@ -71,7 +71,7 @@ class Piece:
         """Put this part's values and mask bits into the whole layer, checked."""
         for low, high, bits, values in self._stream(layer.values[self.start : self.stop]):
             if bits is not None and layer.mask is not None:
-                layer.values[self.start + low : self.start + high] = native.scatter(values, bits, high - low)
+                layer.values[self.start + low : self.start + high] = scatter(values, bits, high - low)
                 join_bits(layer.mask, self.start + low, bits)
 
     def check(self) -> None:

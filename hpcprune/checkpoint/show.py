@@ -55,11 +55,14 @@ def _plain(text: object) -> Text:
 
 
 def _show_about(console: Console, file: CheckpointFile) -> None:
-    tables = {}
+    tables, texts = {}, {}
     grid = Table.grid(padding=(0, 2))
     for key, value in sorted(file.about.items()):
         if isinstance(value, list) and value and all(isinstance(row, dict) for row in value):
             tables[key] = value
+            continue
+        if isinstance(value, str) and "\n" in value.strip():
+            texts[key] = value.strip().split("\n")
             continue
         text = value if isinstance(value, str) else json.dumps(value)
         if len(text) > LONGEST_VALUE:
@@ -68,12 +71,17 @@ def _show_about(console: Console, file: CheckpointFile) -> None:
     if grid.row_count:
         console.print()
         console.print(grid)
+    for key, lines in texts.items():
+        console.print()
+        for line in (f"{key}:", *(f"  {line}" for line in lines)):
+            console.print(_plain(line), soft_wrap=True)
     for key, rows in tables.items():
         _show_rows(console, key, rows)
 
 
 def _show_rows(console: Console, title: str, rows: list[dict[str, Any]]) -> None:
-    """A list of records, such as the history of metrics, as a table of its plain values."""
+    """A list of records, such as the history of metrics, as a table of its plain values and those one level below."""
+    rows = [_flat(row) for row in rows]
     columns = list(
         dict.fromkeys(key for row in rows for key, value in row.items() if not isinstance(value, dict | list))
     )
@@ -84,6 +92,13 @@ def _show_rows(console: Console, title: str, rows: list[dict[str, Any]]) -> None
         table.add_row(*(_plain(_cell(row.get(column))) for column in columns))
     console.print()
     console.print(table)
+
+
+def _flat(row: dict[str, Any]) -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in row.items():
+        flat |= value if isinstance(value, dict) else {key: value}
+    return flat
 
 
 def _cell(value: object) -> str:

@@ -18,7 +18,6 @@ from typing import Any
 import h5py
 import numpy as np
 
-from hpcprune import native
 from hpcprune.checkpoint.bits import cut_bits, padding_clear, popcount, tally
 from hpcprune.checkpoint.file import Sink, write_file
 from hpcprune.checkpoint.format import (
@@ -44,6 +43,7 @@ from hpcprune.checkpoint.format import (
     weights_of,
 )
 from hpcprune.errors import CheckpointError
+from hpcprune.native.survivors import gather
 
 __all__ = ["put_about", "put_attributes", "put_index_layer", "put_layer", "put_own", "put_tensors", "write_model"]
 
@@ -131,7 +131,7 @@ def put_layer(file: h5py.File, sink: Sink, name: str, order: int, layer: LayerSt
         high = min(low + CHUNK, stop)
         part = layer.values[low:high]
         if mask is not None:
-            part = native.gather(part, cut_bits(mask, low, high))
+            part = gather(part, cut_bits(mask, low, high))
         counts = tally(part, dtype)
         nonzeros, nonfinite = nonzeros + counts[0], nonfinite + counts[1]
         if part.size:

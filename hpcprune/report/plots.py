@@ -1,84 +1,27 @@
-"""The figures of report.html, as SVG text for a page that may be light or dark.
+"""The figures of report.html: a function each, from the report to an `<svg>` element, or "" where nothing is to draw.
 
-One function a figure: it takes the report and gives an `<svg>` element, or "" where there is nothing to draw.
-matplotlib draws in stand-in colours, one a role, which become CSS variables afterwards; text stays text, in the
-page's font. Blue is the pruned network, grey the dense one; what is compared differs in lightness and form as well as
-in hue.
+Blue is the pruned network, grey the dense one; what is compared differs in lightness and form as well as in hue.
 """
 
 from __future__ import annotations
 
-import io
 import math
-import re
-import warnings
-from collections.abc import Callable
-from html import escape
 from itertools import pairwise
 from typing import Any
 
-import matplotlib
 import numpy as np
 import numpy.typing as npt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, FuncFormatter, MaxNLocator, NullFormatter
 
-from hpcprune.report import (
-    CurvePoint,
-    Evaluation,
-    Report,
-    as_count,
-    as_percent,
-    as_seconds,
-    is_share,
-    plain,
-)
+from hpcprune.report.format import CurvePoint, Evaluation, Report
+from hpcprune.report.svg import BAND, DASHES, DENSE, INK, LINE, MUTED, OTHER, PRUNED, note, svg
+from hpcprune.report.units import as_count, as_percent, as_seconds, is_share, plain
 
 __all__ = ["layers", "load", "loss", "over_rounds", "over_sparsity", "stages", "weights"]
 
-_ROLES = ("ink", "muted", "line", "dense", "pruned", "other", "band")
-INK, MUTED, LINE, DENSE, PRUNED, OTHER, BAND = COLOURS = [f"#0102{i:02x}" for i, _ in enumerate(_ROLES)]
-DASHES = (0, (4, 3))
 Column = npt.NDArray[np.float64]
-_STYLE: Any = {
-    "svg.fonttype": "none",
-    "svg.hashsalt": "hpcprune",
-    "text.parse_math": False,
-    "font.size": 10.5,
-    "text.color": INK,
-    "axes.edgecolor": LINE,
-    "axes.facecolor": "none",
-    "figure.facecolor": "none",
-    "axes.labelcolor": MUTED,
-    "axes.titlecolor": MUTED,
-    "axes.titlesize": 10.5,
-    "axes.titlelocation": "left",
-    "axes.titlepad": 8,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.spines.left": False,
-    "axes.grid": True,
-    "axes.grid.axis": "y",
-    "axes.axisbelow": True,
-    "axes.unicode_minus": True,
-    "grid.color": LINE,
-    "grid.linewidth": 0.7,
-    "xtick.color": LINE,
-    "ytick.color": LINE,
-    "xtick.labelcolor": MUTED,
-    "ytick.labelcolor": MUTED,
-    "ytick.major.size": 0,
-    "ytick.minor.size": 0,
-    "legend.frameon": False,
-    "legend.fontsize": 10.5,
-    "legend.handlelength": 1.4,
-    "legend.borderaxespad": 0,
-    "legend.borderpad": 0,
-    "lines.linewidth": 1.8,
-    "lines.markersize": 5,
-    "hatch.linewidth": 0.7,
-}
 # From here on bars stand side by side with an index below them instead of a name beside each.
 NAMED_LAYERS = 32
 # A wider curve than this has more points than its figure has pixels.
@@ -108,7 +51,7 @@ def over_sparsity(report: Report) -> str:
         if len({s for s, _ in found}) == 1:
             axes.set_xlim(-4, 104)
 
-    return _svg("over-sparsity", f"{name} over sparsity, after retraining", draw)
+    return svg("over-sparsity", f"{name} over sparsity, after retraining", draw)
 
 
 def over_rounds(report: Report) -> str:
@@ -154,7 +97,7 @@ def over_rounds(report: Report) -> str:
         axes.margins(x=0.06, y=0.14)
         figure.legend(loc="outside upper left", ncols=3)
 
-    return _svg("over-rounds", f"{name} by round, before and after retraining", draw)
+    return svg("over-rounds", f"{name} by round, before and after retraining", draw)
 
 
 def layers(report: Report) -> str:
@@ -182,7 +125,7 @@ def layers(report: Report) -> str:
             axes.axvline(100 * whole, color=INK, linewidth=1, linestyle=DASHES)
             for place, layer in zip(places, found, strict=True):
                 text = f"{as_percent(layer['sparsity'])} of {as_count(layer['weights'])}"
-                _note(axes, text, (1, place), ("axes fraction", "data"), (8, 0), va="center")
+                note(axes, text, (1, place), ("axes fraction", "data"), (8, 0), va="center")
         else:
             bars = axes.bar(places, values, color=PRUNED, width=0.8)
             axes.set_title("sparsity, %")
@@ -194,7 +137,7 @@ def layers(report: Report) -> str:
             bar.set_gid(f"tip {name}: {value:.2f} %")
 
     height = 64 + 20 * len(found) if len(found) <= NAMED_LAYERS else 260
-    return _svg("layers", "sparsity of each layer", draw, width=900, height=height)
+    return svg("layers", "sparsity of each layer", draw, width=900, height=height)
 
 
 def loss(report: Report) -> str:
@@ -227,12 +170,12 @@ def loss(report: Report) -> str:
                 axes.axvspan(edges[number], edges[number + 1], color=BAND, linewidth=0, zorder=0)
             if edges[number + 1] - edges[number] > 0.055 * (edges[-1] - edges[0]):
                 middle = (edges[number] + edges[number + 1]) / 2
-                _note(axes, _part_name(points[first]), (middle, 1), ("data", "axes fraction"), (0, 3), ha="center")
+                note(axes, _part_name(points[first]), (middle, 1), ("data", "axes fraction"), (0, 3), ha="center")
         axes.margins(x=0.01)
         axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
         axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=8))
 
-    return _svg("loss", "training loss over steps", draw, width=900, height=270)
+    return svg("loss", "training loss over steps", draw, width=900, height=270)
 
 
 def weights(report: Report) -> str:
@@ -258,7 +201,7 @@ def weights(report: Report) -> str:
         axes.margins(x=0.01)
         figure.legend(loc="outside upper left", ncols=2)
 
-    return _svg("weights", "histogram of the weights, dense and survivors", draw, height=300)
+    return svg("weights", "histogram of the weights, dense and survivors", draw, height=300)
 
 
 def stages(report: Report) -> str:
@@ -280,7 +223,7 @@ def stages(report: Report) -> str:
         axes.xaxis.set_visible(False)
         axes.spines.bottom.set_visible(False)
 
-    return _svg("stages", "wall time of each stage", draw, height=max(130, 40 + 26 * len(sums)))
+    return svg("stages", "wall time of each stage", draw, height=max(130, 40 + 26 * len(sums)))
 
 
 def load(report: Report) -> str:
@@ -311,7 +254,7 @@ def load(report: Report) -> str:
             axes.set_ylim(bottom=0)
         bottom.legend(loc="lower right", bbox_to_anchor=(1, 1.04), ncols=2)
 
-    return _svg("load", "load of each rank", draw, height=300)
+    return svg("load", "load of each rank", draw, height=300)
 
 
 def _columns(axes: Axes, heights: Column, bottom: Column | None = None, **style: Any) -> None:
@@ -360,39 +303,9 @@ def _baseline(axes: Axes, report: Report, scale: float) -> None:
         value = _metric(evaluation, report["primary"])
         if evaluation["when"] == "dense" and value is not None:
             axes.axhline(scale * value, color=DENSE, linewidth=1.2, linestyle=DASHES, zorder=1)
-            _note(axes, "dense", (1, scale * value), ("axes fraction", "data"), (5, 0), va="center")
-
-
-def _note(
-    axes: Axes, text: str, at: tuple[float, float], of: tuple[str, str], offset: tuple[int, int], **align: Any
-) -> None:
-    """Quiet text at a point in the coordinates `of`, moved by `offset` points."""
-    axes.annotate(text, at, xycoords=of, xytext=offset, textcoords="offset points", color=MUTED, **align)
+            note(axes, "dense", (1, scale * value), ("axes fraction", "data"), (5, 0), va="center")
 
 
 def _short(name: str, length: int) -> str:
     """The end of a name says more than its beginning: model.encoder.layers.0.attention.weight."""
     return name if len(name) <= length else "…" + name[1 - length :]
-
-
-def _svg(name: str, title: str, draw: Callable[[Figure], None], *, width: int = 440, height: int = 250) -> str:
-    """Draw, and make the SVG part of a page: unique ids, CSS variables for colours, the page's font, a spoken title."""
-    out = io.StringIO()
-    with matplotlib.rc_context(_STYLE), warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="Glyph")  # the browser has the glyphs that matplotlib's font lacks
-        figure = Figure(figsize=(width / 72, height / 72), layout="constrained")
-        draw(figure)
-        figure.savefig(out, format="svg")
-    text = out.getvalue()
-    text = text[text.index("<svg") :]
-    text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
-    for role, colour in zip(_ROLES, COLOURS, strict=True):
-        text = text.replace(colour, f"var(--{role})")
-    text = re.sub(r"font: (?:\d+ )?([\d.]+)px [^;\"]*", r"font-size: \1px", text)
-    text = re.sub(r'<g id="tip ([^"]*)">', r"<g><title>\1</title>", text)
-    text = re.sub(r' id="', f' id="{name}-', text)
-    text = re.sub(r"url\(#", f"url(#{name}-", text)
-    text = re.sub(r'xlink:href="#', f'href="#{name}-', text)
-    spoken = f'role="img" aria-label="{escape(plain(title))}"'
-    head = f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" {spoken}>'
-    return re.sub(r"<svg[^>]*>", lambda _: head, text, count=1)

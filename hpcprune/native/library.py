@@ -1,0 +1,225 @@
+"""The C++ kernels: found, compiled once into the user's cache, loaded; and numpy in their place where that fails.
+
+Compiling on the user's machine needs no wheel a platform and fits the compiler that is there. One library serves every
+CPU of an architecture: which instructions a call may use is asked of the CPU at run time. Many ranks start at once, so
+one compiles under a lock while the others wait, and a library appears under its name only when it is whole.
+
+Every path gives the same bits, so it does not matter for a result which one a rank has come to; `describe` says which
+and why. `HPCPRUNE_NATIVE` forces one of numpy, portable, avx2 and avx512; `HPCPRUNE_CACHE` moves the cache.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import fcntl
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+
+from hpcprune.errors import HpcpruneError
+
+__all__ = ["BLOCK", "COMPILERS", "Library", "describe", "library", "sources", "threads_or_default"]
+
+PATHS = ("portable", "avx2", "avx512")  # in the order of the numbers that the kernels give them
+FLAGS = ("-O3", "-std=c++17", "-shared", "-fPIC", "-pthread")
+COMPILERS = ("g++", "c++", "clang++")
+LONGEST_COMPILE = 180.0  # seconds; also how long a rank waits for another one's compiler
+BLOCK = 1 << 20  # elements that the numpy path takes at a time; a multiple of 8
+
+
+class UnavailableError(Exception):
+    """Why there is no compiled library; the reason is shown by `describe`."""
+
+
+@dataclass(frozen=True)
+class Library:
+    """The kernels in use: `path` is numpy, portable, avx2 or avx512; `reason` says why; `code` is None for numpy."""
+
+    path: str
+    reason: str
+    code: ctypes.CDLL | None
+
+    @property
+    def level(self) -> int:
+        """The path's number in the kernels."""
+        return PATHS.index(self.path)
+
+
+def describe() -> str:
+    """The path that was chosen and why, in one line."""
+    chosen = library()
+    return f"{chosen.path}: {chosen.reason}"
+
+
+def library() -> Library:
+    """The kernels in use, compiled first if need be (seconds, once a machine).
+
+    Raises:
+        HpcpruneError: HPCPRUNE_NATIVE names no path, or one that cannot be had here.
+    """
+    names = ("HPCPRUNE_NATIVE", "HPCPRUNE_CACHE", "XDG_CACHE_HOME", "HOME", "CXX", "PATH")
+    return _library(tuple((name, os.environ[name]) for name in names if name in os.environ))
+
+
+@lru_cache(maxsize=8)
+def _library(environment: tuple[tuple[str, str], ...]) -> Library:
+    environ = dict(environment)
+    forced = environ.get("HPCPRUNE_NATIVE", "")
+    allowed = ("numpy", *PATHS)
+    if forced and forced not in allowed:
+        raise HpcpruneError(f"HPCPRUNE_NATIVE={forced}: there are {', '.join(allowed)}; unset it to let the CPU decide")
+    if forced == "numpy":
+        return Library("numpy", "forced by HPCPRUNE_NATIVE", None)
+    try:
+        file, built = _find_or_build(environ)
+        code = _load(file)
+    except UnavailableError as why:
+        if forced:
+            raise HpcpruneError(f"HPCPRUNE_NATIVE={forced}: {why}; unset it to go on with numpy") from None
+        return Library("numpy", f"{why}; results are the same, only slower", None)
+    best = PATHS[code.hpcprune_best_path()]
+    if forced and PATHS.index(forced) > PATHS.index(best):
+        raise HpcpruneError(
+            f"HPCPRUNE_NATIVE={forced}: this CPU has {', '.join(PATHS[: PATHS.index(best) + 1])}; unset it"
+        )
+    why_path = "forced by HPCPRUNE_NATIVE" if forced else "the best this CPU has"
+    return Library(forced or best, f"{why_path}; {built} {file}", code)
+
+
+def sources(package: Path | None = None) -> list[Path]:
+    """The kernels' sources: inside an installed package (`hpcprune/kernels`), or beside it in a checkout."""
+    package = package or Path(__file__).resolve().parent.parent
+    for folder in (package / "kernels", package.parent / "kernels"):
+        found = sorted(folder.glob("*/*.cpp"))
+        if found:
+            return found + sorted(folder.glob("*.h")) + sorted(folder.glob("*/*.h"))
+    raise UnavailableError(f"no kernels/*/*.cpp in {package} or beside it: reinstall hpcprune")
+
+
+def _cache(environ: Mapping[str, str]) -> Path:
+    if environ.get("HPCPRUNE_CACHE"):
+        return Path(environ["HPCPRUNE_CACHE"])
+    if environ.get("XDG_CACHE_HOME"):
+        return Path(environ["XDG_CACHE_HOME"]) / "hpcprune"
+    home = environ.get("HOME")
+    if not home:
+        raise UnavailableError("no HOME to keep compiled kernels in: set HPCPRUNE_CACHE to a folder")
+    return Path(home) / ".cache" / "hpcprune"
+
+
+def _compiler(environ: Mapping[str, str]) -> list[str] | None:
+    candidates = [environ["CXX"].split()] if environ.get("CXX", "").strip() else [[name] for name in COMPILERS]
+    return next((words for words in candidates if shutil.which(words[0], path=environ.get("PATH"))), None)
+
+
+def _version(compiler: Sequence[str]) -> str:
+    try:
+        done = subprocess.run([*compiler, "--version"], capture_output=True, text=True, timeout=LONGEST_COMPILE)
+    except (OSError, subprocess.SubprocessError) as error:
+        raise UnavailableError(f"{' '.join(compiler)} --version: {error}") from None
+    return done.stdout
+
+
+def _find_or_build(environ: Mapping[str, str]) -> tuple[Path, str]:
+    """The library's file, and "cached in" or "compiled into"."""
+    files = sources()
+    content = hashlib.sha256(repr((FLAGS, platform.system(), platform.machine())).encode())
+    for source in files:
+        content.update(source.name.encode() + b"\0" + source.read_bytes() + b"\0")
+    folder = _cache(environ) / f"kernels-{platform.machine()}-{content.hexdigest()[:16]}"
+    compiler = _compiler(environ)
+    if compiler is None:
+        # Compute nodes often lack the compiler that the login node has: what it left in a shared home serves.
+        for file in sorted(folder.glob("*.so")):
+            return file, "cached in"
+        named = f"CXX={environ['CXX']} is not" if environ.get("CXX") else f"none of {', '.join(COMPILERS)} is"
+        raise UnavailableError(f"no C++ compiler ({named} on PATH): install g++, or set CXX")
+    file = folder / f"{hashlib.sha256(_version(compiler).encode()).hexdigest()[:16]}.so"
+    if file.exists():
+        return file, "cached in"
+    try:
+        folder.mkdir(mode=0o755, parents=True, exist_ok=True)
+        with _lock(folder / "lock"):
+            if file.exists():
+                return file, "cached in"
+            _build(compiler, [source for source in files if source.suffix == ".cpp"], file)
+            return file, "compiled into"
+    except OSError as error:
+        raise UnavailableError(
+            f"cannot write compiled kernels to {folder} ({error.strerror}): set HPCPRUNE_CACHE"
+        ) from None
+
+
+@contextmanager
+def _lock(path: Path) -> Iterator[None]:
+    """Hold a file's lock. Where the file system has none, go on without: two would compile the same thing twice."""
+    end = time.monotonic() + LONGEST_COMPILE
+    with path.open("w") as file:
+        while True:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if time.monotonic() > end:
+                    waited = (
+                        f"waited {LONGEST_COMPILE:g} s for another process to compile; is {path} held by a dead host?"
+                    )
+                    raise UnavailableError(waited) from None
+                time.sleep(0.05)
+            except OSError:
+                break
+        yield
+
+
+def _build(compiler: Sequence[str], files: Sequence[Path], target: Path) -> None:
+    handle, name = tempfile.mkstemp(suffix=".tmp", dir=target.parent)
+    os.close(handle)
+    command = [*compiler, *FLAGS, *map(str, files), "-o", name]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=LONGEST_COMPILE)
+        if done.returncode != 0:
+            lines = [line for line in done.stderr.splitlines() if line.strip()] or [f"exit code {done.returncode}"]
+            first = next((line for line in lines if "error" in line), lines[0])
+            raise UnavailableError(f"{' '.join(compiler)} could not compile the kernels ({first.strip()})")
+        Path(name).replace(target)
+    except subprocess.TimeoutExpired:
+        raise UnavailableError(f"{' '.join(compiler)} took longer than {LONGEST_COMPILE:g} s") from None
+    finally:
+        with suppress(FileNotFoundError):
+            Path(name).unlink()
+
+
+def _load(file: Path) -> ctypes.CDLL:
+    try:
+        code = ctypes.CDLL(str(file))
+        pointer, integer, long = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64
+        arrays = [pointer, pointer, long]
+        for name, result, arguments in (
+            ("best_path", integer, []),
+            ("count_around", integer, [integer] * 3 + arrays + [long] * 3 + [pointer, long, pointer, integer]),
+            ("histogram", integer, [integer] * 2 + arrays + [long] * 2 + [integer, long, pointer, integer]),
+            ("pack", long, [integer] * 3 + arrays + [long] * 2 + [pointer, integer]),
+            ("gather", integer, [integer] * 2 + [pointer, long, pointer, pointer, integer]),
+            ("scatter", integer, [integer] * 2 + [pointer, long, pointer, pointer, integer]),
+            ("zero_pruned", integer, [integer, pointer, long, pointer, integer]),
+            ("popcount", long, [pointer, long]),
+        ):
+            function = getattr(code, f"hpcprune_{name}")
+            function.restype, function.argtypes = result, arguments
+    except (OSError, AttributeError) as error:
+        raise UnavailableError(f"cannot load {file} ({error}): delete it and try again") from None
+    return code
+
+
+def threads_or_default(threads: int | None) -> int:
+    """The threads a call may use: as many as this process has cores, unless the caller says."""
+    return len(os.sched_getaffinity(0)) if threads is None else max(1, threads)

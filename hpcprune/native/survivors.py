@@ -1,0 +1,159 @@
+"""Survivors by mask bits: taken out of an array, put back into one, counted; and what is pruned set to zero.
+
+`bits` are packed masks: bit i of byte j is element 8 j + i, 1 = survives, padding bits 0. A large array may be taken in
+pieces that start at multiples of 8. kernels/survivors does it where there is a compiled library, numpy elsewhere, with
+the same results.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from hpcprune.errors import HpcpruneError
+from hpcprune.native.library import BLOCK, library, threads_or_default
+
+__all__ = ["MaskError", "gather", "popcount", "scatter", "zero_pruned"]
+
+Array = npt.NDArray[Any]
+Bits = npt.NDArray[np.uint8]
+
+
+class MaskError(HpcpruneError, ValueError):
+    """Mask bits do not fit the values they are meant for."""
+
+
+def popcount(bits: Bits) -> int:
+    """How many bits are 1 in a uint8 array."""
+    bits = _as_bits(bits)
+    code = library().code
+    if code is not None:
+        return int(code.hpcprune_popcount(bits.ctypes.data, bits.size))
+    table = np.array([bin(byte).count("1") for byte in range(256)], np.uint8)
+    return sum(int(table[bits[i : i + BLOCK]].sum(dtype=np.int64)) for i in range(0, bits.size, BLOCK))
+
+
+def gather(values: Array, bits: Bits, threads: int | None = None) -> Array:
+    """The elements of `values` whose bit is 1, in order.
+
+    Args:
+        values: 1-D, elements of 2, 4 or 8 bytes of any dtype (bfloat16 as uint16).
+        bits: uint8, ceil(len(values) / 8) bytes.
+        threads: as many as this process has cores if None.
+
+    Returns:
+        a new 1-D array of the same dtype, popcount(bits) long.
+
+    Raises:
+        MaskError: lengths disagree, or a padding bit is 1.
+    """
+    values = _as_elements(np.ascontiguousarray(values))
+    bits = _check_bits(bits, values.size)
+    result = np.empty(popcount(bits), values.dtype)
+    chosen = library()
+    if chosen.code is not None:
+        chosen.code.hpcprune_gather(
+            chosen.level,
+            values.itemsize,
+            values.ctypes.data,
+            values.size,
+            bits.ctypes.data,
+            result.ctypes.data,
+            threads_or_default(threads),
+        )
+        return result
+    done = 0
+    for start, stop, ones in _blocks(bits, values.size):
+        here = values[start:stop][ones]
+        result[done : done + here.size] = here
+        done += here.size
+    return result
+
+
+def scatter(survivors: Array, bits: Bits, count: int, threads: int | None = None) -> Array:
+    """The opposite of `gather`: `count` elements, the survivors where the bit is 1, in order, and zero elsewhere.
+
+    Args:
+        survivors: 1-D, popcount(bits) elements of 2, 4 or 8 bytes of any dtype.
+        bits: uint8, ceil(count / 8) bytes.
+        count: the length of the dense array.
+        threads: as many as this process has cores if None.
+
+    Returns:
+        a new 1-D array of the survivors' dtype, `count` long.
+
+    Raises:
+        MaskError: lengths or counts disagree, or a padding bit is 1.
+    """
+    survivors = _as_elements(np.ascontiguousarray(survivors))
+    bits = _check_bits(bits, count)
+    ones = popcount(bits)
+    if ones != survivors.size:
+        raise MaskError(f"{survivors.size} survivors for a mask with {ones} bits set: they must be as many")
+    result = np.empty(count, survivors.dtype)
+    chosen = library()
+    if chosen.code is not None:
+        chosen.code.hpcprune_scatter(
+            chosen.level,
+            result.itemsize,
+            result.ctypes.data,
+            count,
+            bits.ctypes.data,
+            survivors.ctypes.data,
+            threads_or_default(threads),
+        )
+        return result
+    done = 0
+    for start, stop, kept in _blocks(bits, count):
+        here = int(np.count_nonzero(kept))
+        result[start:stop] = 0
+        result[start:stop][kept] = survivors[done : done + here]
+        done += here
+    return result
+
+
+def zero_pruned(values: Array, bits: Bits, threads: int | None = None) -> None:
+    """Set the elements of `values` whose bit is 0 to zero, in place (see `gather`; `values` must be contiguous)."""
+    if not values.flags.c_contiguous or not values.flags.writeable:
+        raise MaskError("values that are not contiguous or not writeable cannot be zeroed in place: pass a copy")
+    values = _as_elements(values)
+    bits = _check_bits(bits, values.size)
+    code = library().code
+    if code is not None:
+        code.hpcprune_zero_pruned(
+            values.itemsize, values.ctypes.data, values.size, bits.ctypes.data, threads_or_default(threads)
+        )
+        return
+    for start, stop, kept in _blocks(bits, values.size):
+        values[start:stop][~kept] = 0
+
+
+def _blocks(bits: Bits, count: int) -> Iterator[tuple[int, int, npt.NDArray[np.bool_]]]:
+    for start in range(0, count, BLOCK):
+        stop = min(count, start + BLOCK)
+        ones = np.unpackbits(bits[start // 8 : (stop + 7) // 8], count=stop - start, bitorder="little")
+        yield start, stop, ones.view(np.bool_)
+
+
+def _as_elements(array: Array) -> Array:
+    if array.ndim != 1 or array.itemsize not in (2, 4, 8):
+        raise MaskError(f"shape {array.shape} of {array.dtype}: a 1-D array of 2, 4 or 8 bytes an element is needed")
+    return array
+
+
+def _as_bits(bits: Bits) -> Bits:
+    if bits.dtype != np.uint8 or bits.ndim != 1:
+        raise MaskError(f"mask of shape {bits.shape} and {bits.dtype}: packed bits are a 1-D uint8 array")
+    return np.ascontiguousarray(bits)
+
+
+def _check_bits(bits: Bits, count: int) -> Bits:
+    bits = _as_bits(bits)
+    if bits.size != (count + 7) // 8:
+        raise MaskError(f"{bits.size} bytes of mask for {count} elements: {(count + 7) // 8} are needed")
+    if count % 8 and bits[-1] >> count % 8:
+        raise MaskError(f"mask for {count} elements has bits set beyond the last one: they must be 0")
+    return bits

@@ -1,0 +1,206 @@
+"""What to make of a report's figures.
+
+A pruned network is easily called smaller and faster, so each figure gets a verdict by fixed limits, and what did not
+get smaller or faster is listed with the reason.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any, Literal, NamedTuple
+
+from hpcprune.report.format import Report
+from hpcprune.report.units import (
+    DASH,
+    TIMES,
+    as_bytes,
+    as_change,
+    as_count,
+    as_metric,
+    as_percent,
+    as_ratio,
+    as_seconds,
+    as_short,
+    is_share,
+    plain,
+)
+
+__all__ = ["Finding", "Row", "findings", "headline", "metric_names", "rows"]
+
+# Two timings closer than this cannot be told apart on a machine that does anything else; sizes are exact.
+TIME_NOISE = 0.10
+SIZE_NOISE = 0.01
+
+
+class Row(NamedTuple):
+    """A line of the result table: the figure of the dense and the pruned network, as text, and what to make of it."""
+
+    label: str
+    dense: str
+    pruned: str
+    change: str
+    verdict: str
+    good: bool | None  # None: neither
+
+
+class Finding(NamedTuple):
+    """Something that did not get smaller or faster, or (`partly`) not as one might think: what, the figures, why."""
+
+    what: str
+    figures: str
+    ratio: str
+    why: str
+    partly: bool
+
+
+def rows(report: Report) -> list[Row]:
+    """The result table, dense against pruned. What was not measured on either side has no row."""
+    dense, pruned = _first_and_last(report)
+    found = [_quality(name, dense.get(name), pruned.get(name), report) for name in metric_names(report)]
+    costs = _costs(report)
+    for cost in costs.values():
+        verdict = cost.verdict
+        word = "" if verdict is None else _WORDS[cost.kind][verdict + 1]
+        good = None if verdict is None else verdict == -1
+        if cost.label == "FLOPs a sample" and good and costs["time a sample"].verdict != -1:
+            word, good = word + ", on paper", None
+        found.append(Row(cost.label, cost.show(cost.old), cost.show(cost.new), cost.ratio, word, good))
+    return [row for row in found if (row.dense, row.pruned) != (DASH, DASH)]
+
+
+def findings(report: Report) -> list[Finding]:
+    """What did not get smaller or faster, then what did so in part, with the figures and the reason."""
+    costs = _costs(report)
+    found = [Finding(c.label, c.figures, c.ratio, _WHY[c.label], False) for c in costs.values() if c.verdict in (0, 1)]
+    flops, weights = costs["FLOPs a sample"], costs["prunable weights"]
+    if flops.verdict == -1 and costs["time a sample"].verdict in (0, 1):
+        found.append(Finding("FLOPs, on paper only", flops.figures, flops.ratio, _WHY["on paper"], True))
+    for cost, why in ((costs["file"], _WHY["masks"]), (flops, _WHY["reuse"])):
+        if cost.verdict == weights.verdict == -1 and cost.new * weights.old > 1.5 * cost.old * weights.new:
+            ratio = f"{cost.ratio} against {weights.ratio}"
+            found.append(Finding(f"{cost.label}, by less than the weights", cost.figures, ratio, why, True))
+    whole = sum(layer["nonzeros"] == layer["weights"] for layer in report["layers"])
+    if whole and weights.verdict == -1:
+        found.append(Finding("layers left dense", f"{whole} of {len(report['layers'])}", "", _WHY["left dense"], True))
+    return found
+
+
+class _Cost(NamedTuple):
+    """A figure that is meant to get smaller."""
+
+    label: str
+    old: Any
+    new: Any
+    show: Callable[[Any], str]
+    kind: Literal["size", "count", "time"]
+
+    @property
+    def verdict(self) -> int | None:
+        """-1: less, 0: the same within the noise, 1: more; None: cannot be said."""
+        if not self.old or self.new is None or not math.isfinite(self.new / self.old):
+            return None
+        noise = TIME_NOISE if self.kind == "time" else SIZE_NOISE
+        return -1 if self.new < (1 - noise) * self.old else 1 if self.new > (1 + noise) * self.old else 0
+
+    @property
+    def ratio(self) -> str:
+        return "" if self.verdict is None else as_ratio(self.new / self.old)
+
+    @property
+    def figures(self) -> str:
+        return f"{self.show(self.old)} \N{RIGHTWARDS ARROW} {self.show(self.new)}"
+
+
+_WORDS = {
+    "size": ("smaller", "not smaller", "larger"),
+    "count": ("fewer", "not fewer", "more"),
+    "time": ("faster", "not faster", "slower"),
+}
+_WHY = {
+    "prunable weights": "Nothing was pruned.",
+    "all parameters": "Next to nothing was pruned.",
+    "file": "At this sparsity the masks (1 bit a weight) take what the pruned weights would have taken.",
+    "memory of the model": "In memory each layer stays a dense array, zeros included; only the file leaves them out.",
+    "FLOPs a sample": "The weights that are multiplied with are still there.",
+    "time a sample": "The dense kernels run at the same speed: a zero is multiplied like any other number.",
+    "time an epoch": "Forward and backward passes are dense; only exchange and optimizer work on survivors alone.",
+    "gradients sent a rank": "The survivors' gradients are as many as the dense ones.",
+    "on paper": "The survivors need no more than this, but the kernels that ran did not skip the zeros.",
+    "masks": "Beside the survivors the file holds the masks (1 bit a weight) and all that is not prunable.",
+    "reuse": "More survivors lie where weights are used often (convolutions); the rest of the model counts whole.",
+    "left dense": "None of their weights scored below the threshold.",
+}
+
+
+def _costs(report: Report) -> dict[str, _Cost]:
+    before, after, sent = report["costs"]["dense"], report["costs"]["pruned"], report["exchange"]
+    sends = sent["bytes_dense"] or None
+    costs = (
+        _Cost("prunable weights", *_weights(report), as_count, "count"),
+        _Cost("all parameters", before["nonzeros"], after["nonzeros"], as_count, "count"),
+        _Cost("file", before["bytes_disk"], after["bytes_disk"], as_bytes, "size"),
+        _Cost("memory of the model", before["bytes_memory"], after["bytes_memory"], as_bytes, "size"),
+        _Cost("FLOPs a sample", before["flops"], after["flops"], as_short, "count"),
+        _Cost("time a sample", before["seconds_per_sample"], after["seconds_per_sample"], as_seconds, "time"),
+        _Cost("time an epoch", before["seconds_per_epoch"], after["seconds_per_epoch"], as_seconds, "time"),
+        _Cost("gradients sent a rank", sends, sent["bytes_sent"] if sends else None, as_bytes, "size"),
+    )
+    return {cost.label: cost for cost in costs}
+
+
+def _quality(name: str, old: float | None, new: float | None, report: Report) -> Row:
+    change = as_change(name, old, new)
+    up = report["higher_is_better"] if name == report["primary"] else is_share(name)
+    known = name in ("loss", report["primary"]) or is_share(name)
+    verdict, good = "", None
+    if change and known:
+        same = not any(digit in change for digit in "123456789")
+        good = None if same else change.startswith("+") == up
+        verdict = "same" if same else "better" if good else "worse"
+    return Row(plain(name), as_metric(old, name), as_metric(new, name), change, verdict, good)
+
+
+def headline(report: Report) -> list[tuple[str, str, str]]:
+    """The four figures on top: label, figure, and what it means."""
+    weights, survivors = _weights(report)
+    sparsity = as_percent(1 - survivors / weights if weights else 0.0)
+    dense, pruned = _first_and_last(report)
+    name = report["primary"]
+    old, new = dense.get(name), pruned.get(name)
+    change = as_change(name, old, new)
+    meaning = f"{change} from the dense {as_metric(old, name)}" if change else f"dense: {as_metric(old, name)}"
+    found = [
+        ("sparsity", sparsity, f"{as_count(survivors)} of {as_count(weights)} prunable weights are left"),
+        (plain(name), as_metric(new, name), meaning),
+    ]
+    costs = _costs(report)
+    for cost in (costs["file"], costs["FLOPs a sample"]):
+        verdict = cost.verdict
+        on_paper = cost.kind == "count" and verdict == -1 and costs["time a sample"].verdict in (0, 1)
+        note = "; on paper, not faster" if on_paper else ""
+        if verdict is None:
+            figure = "not measured"
+        elif verdict == -1 and cost.new:
+            figure = f"{cost.old / cost.new:.1f}{TIMES} {_WORDS[cost.kind][0]}"
+        else:
+            figure = _WORDS[cost.kind][verdict + 1]
+        found.append((cost.label, figure, f"{cost.show(cost.new)}, from {cost.show(cost.old)}{note}"))
+    return found
+
+
+def _first_and_last(report: Report) -> tuple[dict[str, float | None], dict[str, float | None]]:
+    """Metrics of the dense network, and of the last state of the pruned one."""
+    dense = next((e["metrics"] for e in report["evaluations"] if e["when"] == "dense"), {})
+    return dense, next((e["metrics"] for e in reversed(report["evaluations"]) if e["when"] != "dense"), {})
+
+
+def metric_names(report: Report) -> list[str]:
+    """All metrics, the primary one first."""
+    names = dict.fromkeys([report["primary"], *(name for e in report["evaluations"] for name in e["metrics"])])
+    return list(names)
+
+
+def _weights(report: Report) -> tuple[int, int]:
+    """Prunable weights, and survivors."""
+    return sum(layer["weights"] for layer in report["layers"]), sum(layer["nonzeros"] for layer in report["layers"])
