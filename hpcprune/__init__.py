@@ -12,6 +12,8 @@ from hpcprune.errors import HpcpruneError
 from hpcprune.version import __version__
 
 if TYPE_CHECKING:
+    from hpcprune.compression import Compression
+    from hpcprune.ddp import ddp_hook
     from hpcprune.masks import Masks
     from hpcprune.pruning import prune
     from hpcprune.survivors import Survivors
@@ -20,6 +22,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Classifier",
+    "Compression",
     "Data",
     "HpcpruneError",
     "Masks",
@@ -27,16 +30,19 @@ __all__ = [
     "Task",
     "World",
     "__version__",
+    "ddp_hook",
     "prune",
 ]
 
 _HOMES = {
     "Classifier": "task",
+    "Compression": "compression",
     "Data": "task",
     "Masks": "masks",
     "Survivors": "survivors",
     "Task": "task",
     "World": "world",
+    "ddp_hook": "ddp",
     "prune": "pruning",
 }
 

@@ -65,17 +65,20 @@ class RunFolder:
             parent = self._nearest()
             if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
                 raise JobError(
-                    f"out: {self.path} cannot be made: {parent} is not a writable folder; choose another with --out"
+                    f"out: {self.path} cannot be made: {parent} is not a writable folder; choose another folder with "
+                    "--out"
                 )
             return
         if not self.path.is_dir():
-            raise JobError(f"out: {self.path} is not a folder; choose another with --out")
-        if not self.job.is_file():
+            raise JobError(f"out: {self.path} is not a folder; choose another folder with --out")
+        digest = self._digest()
+        if digest is None:
             if any(path != self._new for path in self.path.iterdir()):
                 raise JobError(
-                    f"out: {self.path} is not empty and holds no run (no job.yaml); choose another folder with --out"
+                    f"out: {self.path} is not empty and holds no run (no job.yaml of one); choose another folder with "
+                    "--out"
                 )
-        elif self._digest() != job.digest():
+        elif digest != job.digest():
             raise JobError(
                 f"out: {self.path} holds the run of another job ({self._what_differs(job)}); choose another folder "
                 f"with --out, or remove it: rm -r {self.path}"
@@ -165,9 +168,12 @@ class RunFolder:
         path = self.path.absolute()
         return next(there for there in (path, *path.parents) if there.exists())
 
-    def _digest(self) -> str:
+    def _digest(self) -> str | None:
+        """What job.yaml gives as its job's digest; None where there is none: a job file of a user's has no digest."""
+        if not self.job.is_file():
+            return None
         first = self.job.read_text(errors="replace").partition("\n")[0]
-        return first.removeprefix(_DIGEST)
+        return first.removeprefix(_DIGEST) if first.startswith(_DIGEST) else None
 
     def _what_differs(self, job: Job) -> str:
         try:

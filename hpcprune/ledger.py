@@ -24,6 +24,10 @@ class Ledger:
     """Optimizer steps done in this round."""
     complete: bool = False
     """Whether this round is trained and evaluated."""
+    order: list[str] = field(default_factory=list)
+    """The parameters' names in the order in which backward finishes them; empty before the run's first step."""
+    packed: bool | None = None
+    """Whether this round packs survivors' gradients; None before it is decided."""
     run_step: int = 0
     """Optimizer steps and prunings done in the run: it numbers the checkpoints."""
     evaluations: list[dict[str, Any]] = field(default_factory=list)

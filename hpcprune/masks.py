@@ -7,6 +7,7 @@ every rank, and the ranks then compare a hash of the whole, so that no two ranks
 
 from __future__ import annotations
 
+import difflib
 import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
@@ -19,9 +20,9 @@ from torch import nn
 from hpcprune.errors import HpcpruneError, WorldError
 from hpcprune.native.survivors import popcount
 from hpcprune.shards import Layer, Span
-from hpcprune.world import World
+from hpcprune.world import World, as_ranges
 
-__all__ = ["Masks", "gather_masks"]
+__all__ = ["Masks", "gather_masks", "refuse_other_masks"]
 
 Bits = npt.NDArray[np.uint8]
 
@@ -102,17 +103,28 @@ class Masks(Mapping[str, torch.Tensor]):
             for layer in self.layers
         ]
 
+    def parameters(self, model: nn.Module) -> dict[str, nn.Parameter]:
+        """The parameters of a model that these are the masks of, by name.
+
+        Raises:
+            HpcpruneError: a mask's name is no parameter's of `model.named_parameters()`, or its shape is another.
+        """
+        parameters = dict(model.named_parameters())
+        for name in self:
+            if name not in parameters or tuple(parameters[name].shape) != self._shapes[name]:
+                near = name if name in parameters else "".join(difflib.get_close_matches(name, parameters, 1, 0.4))
+                raise HpcpruneError(
+                    f"the masks' {name} of shape {self._shapes[name]} is not in this {type(model).__name__}"
+                    + (f" (it has {near} of shape {tuple(parameters[near].shape)})" if near else "")
+                    + "; use masks with the model that they were made for"
+                )
+        return {name: parameters[name] for name in self}
+
     def apply(self, model: nn.Module) -> None:
         """Set the pruned weights of a model to zero, in place."""
-        parameters = dict(model.named_parameters())
         with torch.no_grad():
-            for name in self:
-                if name not in parameters or tuple(parameters[name].shape) != self._shapes[name]:
-                    raise HpcpruneError(
-                        f"the masks' {name} of shape {self._shapes[name]} is not in this {type(model).__name__}; "
-                        "apply masks to the model that they were made for"
-                    )
-                parameters[name].masked_fill_(~self[name].to(parameters[name].device), 0)
+            for name, parameter in self.parameters(model).items():
+                parameter.masked_fill_(~self[name].to(parameter.device), 0)
 
     def agree(self, world: World) -> None:
         """Raise WorldError, on every rank, if two ranks have different masks; the message names the layers."""
@@ -142,6 +154,16 @@ def gather_masks(layers: Sequence[Layer], shards: Sequence[Sequence[Span]], own:
     masks = Masks(layers, bits)
     masks.agree(world)
     return masks
+
+
+def refuse_other_masks(hashes: Sequence[str]) -> None:
+    """Raise WorldError if the masks of the ranks, by their hashes in rank order, are not all the same."""
+    others = [rank for rank, hash in enumerate(hashes) if hash != hashes[0]]
+    if others:
+        raise WorldError(
+            f"the masks of rank {as_ranges(others)} (of {len(hashes)}) are not those of rank 0: their models differed "
+            "when they were pruned; give all ranks the same weights before pruning, or hand rank 0's masks to all"
+        )
 
 
 def _place(target: Bits, piece: Bits, start: int) -> None:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from hpcprune.job import Job
 from hpcprune.prepare import Prepared
@@ -37,12 +38,12 @@ class Plan:
 def make_plan(job: Job, prepared: Prepared, ranks: int) -> Plan:
     """Plan the job's run on a number of ranks."""
     layers, shards = prepared.layers, deal(prepared.layers, ranks)
-    trained = [parameter for parameter in prepared.model.parameters() if parameter.requires_grad]
-    dense = sum(parameter.numel() * parameter.element_size() for parameter in trained)
-    weights = sum(layer.weights for layer in layers)
-    width = dense / max(1, sum(parameter.numel() for parameter in trained))
+    trained = {name: each for name, each in prepared.model.named_parameters() if each.requires_grad}
+    prunable = [trained[layer.name] for layer in layers if layer.name in trained]
+    dense = sum(each.nbytes for each in trained.values())
+    weights = sum(each.numel() for each in prunable)
     gone = pruned_count(weights, job.prune.sparsity)
-    sent = dense - round(gone * width)
+    sent = dense - round(gone * sum(each.nbytes for each in prunable) / max(1, weights))
     optimizer = job.retrain.optimizer
     moments = 0 if optimizer.name == "sgd" and not optimizer.momentum else MOMENTS[optimizer.name]
     masks = sum((layer.weights + 7) // 8 for layer in layers)
@@ -59,14 +60,14 @@ def print_plan(plan: Plan, console: Console) -> None:
     total = sum(layer.weights for layer in plan.layers)
     for rank, shard in enumerate(plan.shards):
         weights = sum(span.weights for span in shard)
-        table.add_row(str(rank), f"{weights:,}", f"{weights / total:.1%}", _describe(shard, plan.layers))
+        table.add_row(str(rank), f"{weights:,}", f"{weights / total:.1%}", Text(_describe(shard, plan.layers)))
     console.print(table)
-    sent, dense = _mb(plan.step_bytes), _mb(plan.step_bytes_dense)
+    sent, dense = _size(plan.step_bytes), _size(plan.step_bytes_dense)
     lines = {
         "imbalance": f"{plan.imbalance:.3f} (the largest shard over the mean)",
-        "masks, each pruning": f"{_mb(plan.mask_bytes)} to every rank; the threshold under 1 MB",
+        "masks, each pruning": f"{_size(plan.mask_bytes)} to every rank; the threshold under 1 MB",
         "gradients, each step": f"{sent} a rank at the final sparsity; dense {dense}",
-        "memory a rank": f"about {_mb(plan.memory_bytes)} to retrain, without activations and data",
+        "memory a rank": f"about {_size(plan.memory_bytes)} to retrain, without activations and data",
     }
     for name, text in lines.items():
         console.print(f"{name + ':':22} {text}", highlight=False)
@@ -87,5 +88,5 @@ def _describe(shard: Sequence[Span], layers: Sequence[Layer]) -> str:
     return ", ".join(words) or "nothing: there are more ranks than parts"
 
 
-def _mb(size: int) -> str:
-    return f"{size / 1e6:,.2f} MB"
+def _size(size: int) -> str:
+    return f"{size / 1e6:,.2f} MB" if size >= 100_000 else f"{size / 1e3:,.2f} kB"

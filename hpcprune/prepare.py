@@ -38,6 +38,11 @@ class Prepared:
     threads: int
 
     @property
+    def device(self) -> torch.device:
+        """Where the model is."""
+        return next(self.model.parameters()).device
+
+    @property
     def dense_bytes(self) -> int:
         """Bytes of all parameters and buffers."""
         return sum(t.numel() * t.element_size() for t in (*self.model.parameters(), *self.model.buffers()))

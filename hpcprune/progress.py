@@ -49,7 +49,7 @@ class Display:
 
     def __init__(self, world: World, verbose: bool = False) -> None:
         width = _terminal_width()
-        self.console = Console(force_terminal=width > 0, width=width or 100, highlight=False)
+        self.console = Console(force_terminal=width > 0, width=width or 100, highlight=False, emoji=False)
         self._world, self._verbose = world, verbose
 
     def say(self, text: str, every_rank: bool = False) -> None:
@@ -82,15 +82,14 @@ class Display:
 
 def _terminal_width() -> int:
     """Columns of the terminal that the output ends on; 0 if it is none."""
-    stream: int | str = sys.stdout.fileno() if sys.stdout is not None else -1
-    if "PMIX_RANK" in os.environ or "OMPI_COMM_WORLD_RANK" in os.environ:
-        stream = f"/proc/{os.getppid()}/fd/1"
+    of_mpirun = None
     try:
-        descriptor = os.open(stream, os.O_WRONLY | os.O_NOCTTY) if isinstance(stream, str) else stream
-        try:
-            return os.get_terminal_size(descriptor).columns or 80
-        finally:
-            if descriptor != stream:
-                os.close(descriptor)
-    except OSError:
+        if "PMIX_RANK" in os.environ or "OMPI_COMM_WORLD_RANK" in os.environ:
+            # Neither taken as this process's own terminal, nor waited for if it is a pipe that nobody reads.
+            of_mpirun = os.open(f"/proc/{os.getppid()}/fd/1", os.O_WRONLY | os.O_NOCTTY | os.O_NONBLOCK)
+        return os.get_terminal_size(sys.stdout.fileno() if of_mpirun is None else of_mpirun).columns or 80
+    except (OSError, AttributeError):  # a notebook's output is no file, and there may be none at all
         return 0
+    finally:
+        if of_mpirun is not None:
+            os.close(of_mpirun)

@@ -22,7 +22,7 @@ from hpcprune.evaluate import evaluate
 from hpcprune.exchange.torch import TorchExchange
 from hpcprune.folder import RunFolder
 from hpcprune.host import versions
-from hpcprune.job import Job, Training
+from hpcprune.job import Job
 from hpcprune.ledger import Ledger
 from hpcprune.masks import Masks
 from hpcprune.outcome import build_report, measure_costs, rank_load, weight_histogram
@@ -33,9 +33,9 @@ from hpcprune.report.page import write_html
 from hpcprune.report.write import write_json
 from hpcprune.schedule import sparsity_of_round
 from hpcprune.snapshot import load_buffers, own_buffers, restore_masks, restore_model, snapshot
+from hpcprune.stage import Carried, begin_stage
 from hpcprune.stop import StopFlag
-from hpcprune.survivors import Survivors
-from hpcprune.train import Plan, Trainer, average_batch_norm
+from hpcprune.train import Step, Trainer, average_batch_norm
 from hpcprune.world import World
 
 __all__ = ["Run", "StoppedError"]
@@ -57,7 +57,7 @@ class Run:
         self.exchange = TorchExchange(world, next(self.model.parameters()).device)
         self.masks = Masks.full(self.prepared.layers)
         self.ledger = Ledger()
-        self._optimizer: dict[str, Tensor] = {}
+        self._carried = Carried({}, {}, None)
 
     def go(self) -> None:
         """Do all that is left of the run.
@@ -80,8 +80,7 @@ class Run:
         """Train the dense network, where it is not loaded; evaluate it, and measure what it costs."""
         plan = self.prepared.train
         if plan is not None:
-            assert self.job.train is not None
-            self._train("train", self.job.train, plan)
+            self._train("train")
         self._evaluate("dense")
         if plan is not None:
             with self.ledger.timed("checkpoint"):
@@ -95,10 +94,10 @@ class Run:
     def _round(self, number: int) -> None:
         """Prune to the round's sparsity and retrain."""
         if self.ledger.round != number:
-            self.ledger.round, self.ledger.step, self.ledger.complete = number, 0, False
+            self.ledger.round, self.ledger.step, self.ledger.complete, self.ledger.packed = number, 0, False, None
             self._prune()
             self._evaluate("pruned")
-        self._train("retrain", self.job.retrain, self.prepared.retrain)
+        self._train("retrain")
         self._evaluate("retrained")
         self._complete_round()
 
@@ -115,7 +114,7 @@ class Run:
             self.world,
         )
         found.masks.apply(self.model)
-        self.masks, self._optimizer = found.masks, {}
+        self.masks = found.masks
         ledger.run_step += 1
         ledger.thresholds = {
             name: threshold.value for name, threshold in found.thresholds.items() if math.isfinite(threshold.value)
@@ -129,46 +128,69 @@ class Run:
         weights = sum(span.weights for span in self.prepared.shards[self.world.rank])
         self.display.say(f"scored {weights:,} weights in {sum(found.seconds.values()):.3f} s", every_rank=True)
 
-    def _train(self, stage: str, training: Training, plan: Plan) -> None:
+    def _train(self, stage: str) -> None:
         """Do the steps of this round that are left."""
-        ledger, job = self.ledger, self.job
-        survivors = Survivors(self.model, self.masks if ledger.round else None)
-        name = (job.seed, stage, ledger.round)
-        data = self.prepared.data.train
-        trainer = Trainer(
-            self.prepared.task, self.model, survivors, data, training, plan, self.world, self.exchange, name
-        )
-        if self._optimizer:
-            trainer.load_optimizer_state(self._optimizer)
-        title = f"round {ledger.round}/{job.prune.rounds}: {stage}" if ledger.round else stage
+        trainer = self._begin(stage)
+        ledger, plan, checkpoint = self.ledger, trainer.plan, self.job.checkpoint
+        title = f"round {ledger.round}/{self.job.prune.rounds}: {stage}" if ledger.round else stage
         with self.display.stage(title, plan.steps, ledger.step) as progress:
             while ledger.step < plan.steps:
                 sent = self.exchange.bytes_sent
                 step = trainer.step(ledger.step, bool(self.stop))
-                sent = self.exchange.bytes_sent - sent
-                ledger.step += 1
-                ledger.run_step += 1
-                ledger.add_seconds(stage, step.seconds)
-                ledger.add_exchange(sent - survivors.packed_bytes + survivors.dense_bytes, sent)
-                self._log(
-                    "step",
-                    stage=stage,
-                    step=ledger.step,
-                    loss=step.loss,
-                    learning_rate=step.learning_rate,
-                    seconds=step.seconds,
-                    waited=step.waited,
-                    samples_per_second=plan.batch / step.seconds,
-                    bytes_sent=sent,
-                )
+                self._count(stage, step, trainer, self.exchange.bytes_sent - sent)
+                if not ledger.order:
+                    ledger.order = self.world.bcast(trainer.buckets.order, "the order of backward")
+                    self._end(trainer)
+                    trainer = self._begin(stage)
                 progress.advance(f"loss {step.loss:.4f}")
-                due = job.checkpoint.every_steps and ledger.run_step % job.checkpoint.every_steps == 0
+                due = checkpoint.every_steps and ledger.run_step % checkpoint.every_steps == 0
                 if step.stop or (due and ledger.step < plan.steps):
-                    self._save(trainer.optimizer_state())
+                    self._save(self._state_of(trainer))
                 if step.stop:
                     self._stopped(f"{title}, step {ledger.step} of {plan.steps}")
-        self._optimizer = trainer.optimizer_state()
+        self._end(trainer)
         average_batch_norm(self.model, self.world)
+
+    def _begin(self, stage: str) -> Trainer:
+        return begin_stage(
+            stage,
+            self.job,
+            self.prepared,
+            self.masks,
+            self.ledger,
+            self._carried,
+            self.world,
+            self.exchange,
+            self.display,
+        )
+
+    def _end(self, trainer: Trainer) -> None:
+        trainer.close()
+        self._carried = self._state_of(trainer)
+
+    def _state_of(self, trainer: Trainer) -> Carried:
+        return Carried(trainer.optimizer_state(), trainer.own_state(), self.masks)
+
+    def _count(self, stage: str, step: Step, trainer: Trainer, sent: int) -> None:
+        """Take a step that is done into the ledger and into metrics.jsonl."""
+        ledger, survivors = self.ledger, trainer.survivors
+        ledger.step += 1
+        ledger.run_step += 1
+        ledger.add_seconds(stage, step.seconds)
+        ledger.add_exchange(survivors.dense_bytes, sent)
+        self._log(
+            "step",
+            stage=stage,
+            step=ledger.step,
+            loss=step.loss,
+            learning_rate=step.learning_rate,
+            seconds=step.seconds,
+            waited=step.waited,
+            overlap=step.overlap,
+            samples_per_second=trainer.plan.batch / step.seconds,
+            bytes_dense=survivors.dense_bytes,
+            bytes_sent=sent,
+        )
 
     def _evaluate(self, when: str) -> None:
         start = time.perf_counter()
@@ -191,7 +213,9 @@ class Run:
 
     def _complete_round(self) -> None:
         self.ledger.complete = True
-        self._save({})
+        if not self.ledger.round:  # the dense training's optimizer is not that of the rounds
+            self._carried = Carried({}, {}, None)
+        self._save(self._carried)
         stop = self.world.allgather(bool(self.stop), "agreeing whether to stop")
         if any(stop):
             self._stopped(f"round {self.ledger.round} of {self.job.prune.rounds} complete")
@@ -224,21 +248,24 @@ class Run:
                     f"{path}: the masks are not those of the run; remove this step to go on before it"
                 )
             self.masks.agree(self.world)
-            self._optimizer = restore_model(step, self.model, self.world.rank, self.world.size)
+            optimizer, own = restore_model(step, self.model, self.world.rank, self.world.size)
+            self._carried = Carried(optimizer, own, self.masks)
             self.display.say(f"going on from {path} (round {self.ledger.round}, step {self.ledger.step})")
         if self.world.rank == 0:
             self.folder.open_metrics(self.ledger.metrics_bytes)
 
-    def _save(self, optimizer: Mapping[str, Tensor]) -> None:
+    def _save(self, carried: Carried) -> None:
         """Write a checkpoint of the run as it stands."""
         with self.ledger.timed("checkpoint"):
             if self.world.rank == 0:
                 self.ledger.metrics_bytes = self.folder.flush_metrics()
             self.ledger.metrics_bytes = self.world.bcast(self.ledger.metrics_bytes, "checkpoint: metrics")
-            own = own_buffers(self.model)
+            buffers = own_buffers(self.model)
             average_batch_norm(self.model, self.world)
-            state = self._state({"ledger": self.ledger.as_dict()}, optimizer, own)
-            load_buffers(self.model, own)
+            own = {f"buffers/{name}": value for name, value in buffers.items()}
+            own |= {f"exchange/{name}": value for name, value in carried.own.items()}
+            state = self._state({"ledger": self.ledger.as_dict()}, carried.optimizer, own)
+            load_buffers(self.model, buffers)
             write_step(
                 self.folder.checkpoints,
                 self.ledger.run_step,

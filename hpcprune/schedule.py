@@ -9,7 +9,8 @@ import math
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from hpcprune.job import LrSchedule, Prune
+    from hpcprune.job import Prune
+    from hpcprune.training import LrSchedule
 
 __all__ = ["learning_rate_factor", "pruned_count", "sparsity_of_round"]
 

@@ -32,7 +32,7 @@ def snapshot(
         attributes: by layer, what a reader should see beside it.
         optimizer: the optimizer's tensors by name; empty in a result.
         buffers: the model's buffers, the same on every rank.
-        own: this rank's buffers as it trains with them; empty in a result.
+        own: this rank's own, under "buffers/<name>" (as it trains with them) and "exchange/<name>"; empty in a result.
     """
     parameters = dict(model.named_parameters())
     layers = {}
@@ -80,10 +80,13 @@ def restore_masks(step: StepState, masks: Masks) -> Masks:
 
 
 @torch.no_grad()
-def restore_model(step: StepState, model: nn.Module, rank: int, ranks: int) -> dict[str, Tensor]:
-    """Set the model's weights and buffers to a step's, and return the optimizer's tensors.
+def restore_model(
+    step: StepState, model: nn.Module, rank: int, ranks: int
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Set the model's weights and buffers to a step's, and return the optimizer's tensors and this rank's exchange's.
 
-    On as many ranks as wrote the step each takes its own buffers; on another number all take the agreed ones.
+    On as many ranks as wrote the step each takes its own buffers and what its exchange held back; on another number all
+    take the agreed buffers, and nothing is held back.
     """
     for name, parameter in model.named_parameters():
         if name in step.layers:
@@ -92,18 +95,16 @@ def restore_model(step: StepState, model: nn.Module, rank: int, ranks: int) -> d
         else:
             stored = step.tensors[f"parameters/{name}"]
             parameter.copy_(to_tensor(stored.array, stored.dtype))
-    agreed = _tensors(step, "buffers/")
-    if ranks == len(step.own):
-        agreed |= {name: to_tensor(stored.array, stored.dtype) for name, stored in step.own[rank].items()}
-    load_buffers(model, agreed)
-    return _tensors(step, "optimizer/")
+    own = step.own[rank] if ranks == len(step.own) else {}
+    load_buffers(model, _tensors(step.tensors, "buffers/") | _tensors(own, "buffers/"))
+    return _tensors(step.tensors, "optimizer/"), _tensors(own, "exchange/")
 
 
-def _tensors(step: StepState, prefix: str) -> dict[str, Tensor]:
-    """A step's tensors whose names begin with `prefix`, by what follows it."""
+def _tensors(stored: Mapping[str, TensorState], prefix: str) -> dict[str, Tensor]:
+    """The tensors whose names begin with `prefix`, by what follows it."""
     return {
-        key.removeprefix(prefix): to_tensor(stored.array, stored.dtype)
-        for key, stored in step.tensors.items()
+        key.removeprefix(prefix): to_tensor(value.array, value.dtype)
+        for key, value in stored.items()
         if key.startswith(prefix)
     }
 

@@ -1,9 +1,9 @@
 """Survivors: the weights that are left, as one packed vector a dtype, which is what is trained.
 
-The forward and backward passes use the model's dense parameters. After each backward pass the survivors' gradients are
-gathered into a packed vector, that vector is all-reduced (no indices travel: every rank has the same masks), the
-optimizer steps on packed weights, and those are scattered into the dense parameters. A pruned weight has no gradient,
-no momentum and no place to be written to, so it stays zero whatever the optimizer does.
+The forward and backward passes use the model's dense parameters. The survivors' gradients are gathered into a packed
+vector as backward finishes them, that vector is all-reduced in buckets (no indices travel: every rank has the same
+masks), the optimizer steps on packed weights, and those are scattered into the dense parameters. A pruned weight has no
+gradient, no momentum and no place to be written to, so it stays zero whatever the optimizer does.
 
 Parameters that are not prunable (biases, norms) ride in the same vectors, whole.
 
@@ -13,56 +13,81 @@ https://arxiv.org/abs/2302.05045
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 from hpcprune.masks import Masks
+from hpcprune.packing import Masked, Packed, Packing, Whole
 
-__all__ = ["Survivors"]
+__all__ = ["Segment", "Survivors"]
 
 
 @dataclass(frozen=True)
 class Segment:
-    """A parameter's part of a packed vector; `places` are the survivors' flat indices, None where all survive."""
+    """A parameter's part of its dtype's packed vector: the elements [start, stop)."""
 
     name: str
     parameter: nn.Parameter
-    places: Tensor | None
+    packing: Packing
     start: int
     stop: int
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.parameter.dtype
 
 
 class Survivors:
     """The packed trainable weights of a model under masks.
 
     `packed` maps a dtype to the packed weights, a parameter for an optimizer; its `.grad` is the packed gradient.
+    `segments` maps a dtype to the parts of its vector, in order. A parameter of which nothing is pruned becomes a view
+    of the packed vector, so that it need not be copied back after a step.
     """
 
-    def __init__(self, model: nn.Module, masks: Masks | None = None) -> None:
-        """Pack the trainable weights of `model`; without masks, all of them. Pruned weights are set to zero."""
+    def __init__(
+        self, model: nn.Module, masks: Masks | None = None, *, order: Sequence[str] = (), packing: bool = True
+    ) -> None:
+        """Pack the trainable weights of `model`; without masks, all of them. Pruned weights are set to zero.
+
+        Args:
+            order: names of parameters in the order in which backward finishes them, which becomes the vectors'; those
+                that are not named come after, the last registered first, as backward does it in most models.
+            packing: False keeps pruned weights in the vectors as zeros, for densities at which packing does not pay.
+        """
         if masks is not None:
             masks.apply(model)
+        trainable = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+        names = [name for name in order if name in trainable]
+        names += [name for name in reversed(trainable) if name not in set(order)]
         self.segments: dict[torch.dtype, list[Segment]] = {}
-        for name, parameter in model.named_parameters():
-            if not parameter.requires_grad:
-                continue
+        for name in names:
+            parameter = trainable[name]
             if not parameter.is_contiguous():
                 parameter.data = parameter.data.contiguous()
-            places = _places(masks, name, parameter)
             segments = self.segments.setdefault(parameter.dtype, [])
             start = segments[-1].stop if segments else 0
-            length = parameter.numel() if places is None else places.numel()
-            segments.append(Segment(name, parameter, places, start, start + length))
+            how = _packing(name, parameter, masks, packing)
+            segments.append(Segment(name, parameter, how, start, start + how.length))
         self.packed: dict[torch.dtype, nn.Parameter] = {}
         for dtype, segments in self.segments.items():
             device = segments[0].parameter.device
             self.packed[dtype] = nn.Parameter(torch.empty(segments[-1].stop, dtype=dtype, device=device))
             self.packed[dtype].grad = torch.zeros_like(self.packed[dtype])
-        self.pack()
+        with torch.no_grad():
+            for segment in self:
+                weights = self.weights(segment)
+                segment.packing.gather(segment.parameter.data.view(-1), weights)
+                if segment.packing.whole:
+                    segment.parameter.data = weights.view(segment.parameter.shape)
+
+    def __iter__(self) -> Iterator[Segment]:
+        """All segments, dtype after dtype, in the vectors' order."""
+        for segments in self.segments.values():
+            yield from segments
 
     def __len__(self) -> int:
         """How many weights are trained."""
@@ -71,7 +96,7 @@ class Survivors:
     @property
     def dense_bytes(self) -> int:
         """Bytes of the gradients if nothing were pruned."""
-        return sum(s.parameter.numel() * s.parameter.element_size() for each in self.segments.values() for s in each)
+        return sum(segment.parameter.numel() * segment.parameter.element_size() for segment in self)
 
     @property
     def packed_bytes(self) -> int:
@@ -86,49 +111,44 @@ class Survivors:
         """The packed gradients, in the order of `parameters`."""
         return [parameter.grad for parameter in self.packed.values() if parameter.grad is not None]
 
-    @torch.no_grad()
-    def pack(self) -> None:
-        """Take the packed weights from the model's dense parameters."""
-        for dtype, segments in self.segments.items():
-            for segment in segments:
-                _gather(segment, segment.parameter.data, self.packed[dtype].data)
+    def weights(self, segment: Segment) -> Tensor:
+        """A segment's weights, a view of the packed vector."""
+        return self.packed[segment.dtype].data[segment.start : segment.stop]
+
+    def gradient(self, segment: Segment) -> Tensor:
+        """A segment's gradient, a view of the packed one."""
+        gradient = self.packed[segment.dtype].grad
+        assert gradient is not None
+        return gradient[segment.start : segment.stop]
 
     @torch.no_grad()
+    def pack_gradient(self, segment: Segment, add: bool = False) -> None:
+        """Gather a segment's gradient and free the dense one; none counts as zeros. `add`: to what is there already."""
+        target, dense = self.gradient(segment), segment.parameter.grad
+        if dense is not None:
+            into = torch.empty_like(target) if add else target
+            segment.packing.gather(dense.reshape(-1), into)
+            if add:
+                target.add_(into)
+            segment.parameter.grad = None
+        elif not add:
+            target.zero_()
+
     def pack_gradients(self) -> None:
-        """Gather the survivors' gradients and free the dense ones. A parameter without a gradient counts as zeros."""
-        for segments, gradients in zip(self.segments.values(), self.gradients(), strict=True):
-            for segment in segments:
-                if segment.parameter.grad is None:
-                    gradients[segment.start : segment.stop] = 0
-                else:
-                    _gather(segment, segment.parameter.grad, gradients)
-                    segment.parameter.grad = None
+        """Gather all gradients after a backward pass, for a loop of one's own."""
+        for segment in self:
+            self.pack_gradient(segment)
 
     @torch.no_grad()
     def unpack(self) -> None:
         """Write the packed weights to the model's dense parameters; pruned weights are not touched."""
-        for dtype, segments in self.segments.items():
-            for segment in segments:
-                values = self.packed[dtype].data[segment.start : segment.stop]
-                flat = segment.parameter.data.view(-1)
-                if segment.places is None:
-                    flat.copy_(values)
-                else:
-                    flat.index_copy_(0, segment.places, values)
+        for segment in self:
+            if not segment.packing.whole:
+                segment.packing.scatter(self.weights(segment), segment.parameter.data.view(-1))
 
 
-def _places(masks: Mapping[str, Tensor] | None, name: str, parameter: nn.Parameter) -> Tensor | None:
-    if masks is None or name not in masks:
-        return None
-    mask = masks[name].reshape(-1).numpy()
-    if mask.all():
-        return None
-    return torch.from_numpy(np.flatnonzero(mask)).to(parameter.device)
-
-
-def _gather(segment: Segment, dense: Tensor, packed: Tensor) -> None:
-    target, flat = packed[segment.start : segment.stop], dense.reshape(-1)
-    if segment.places is None:
-        target.copy_(flat)
-    else:
-        torch.index_select(flat, 0, segment.places, out=target)
+def _packing(name: str, parameter: nn.Parameter, masks: Masks | None, packing: bool) -> Packing:
+    if masks is None or name not in masks or masks.survivors[name] == parameter.numel():
+        return Whole(parameter.numel())
+    kind = Packed if packing else Masked
+    return kind(masks.bits(name), parameter.numel(), parameter.device)

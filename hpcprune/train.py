@@ -15,16 +15,20 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset, default_collate
 
+from hpcprune.buckets import Buckets, Sender
 from hpcprune.errors import JobError, NumericsError
 from hpcprune.exchange import Exchange
-from hpcprune.job import Optimizer, Training
+from hpcprune.exchange.wire import Wire
+from hpcprune.masks import Masks
+from hpcprune.optimizer import load_state, make_optimizer, named_state
 from hpcprune.schedule import learning_rate_factor
 from hpcprune.seeds import derive, seed_all
 from hpcprune.survivors import Survivors
 from hpcprune.task import Task, to_device
+from hpcprune.training import Training
 from hpcprune.world import World, part_of_rank
 
-__all__ = ["Step", "Trainer", "average_batch_norm", "plan_steps"]
+__all__ = ["Plan", "Step", "Trainer", "average_batch_norm", "plan_steps"]
 
 
 @dataclass(frozen=True)
@@ -38,13 +42,20 @@ class Plan:
 
 @dataclass(frozen=True)
 class Step:
-    """What one step did: its mean loss over the global batch, its learning rate, its seconds, those it waited."""
+    """What one step did.
+
+    loss: the mean over the global batch. seconds: of the whole step; waited: those of them in which this rank waited
+    for others. overlap: the share of the exchange that passed while backward still ran. stop: whether any rank is asked
+    to stop. written: whether every rank has written its part of a checkpoint.
+    """
 
     loss: float
     learning_rate: float
     seconds: float
     waited: float
+    overlap: float
     stop: bool
+    written: bool
 
 
 def plan_steps(training: Training, samples: int, ranks: int, key: str) -> Plan:
@@ -62,7 +73,7 @@ def plan_steps(training: Training, samples: int, ranks: int, key: str) -> Plan:
 
 
 class Trainer:
-    """One training: the dense one, or the retraining after a round. `name` is that of its random numbers."""
+    """One training: the dense one, or the retraining after a round."""
 
     def __init__(
         self,
@@ -75,40 +86,49 @@ class Trainer:
         world: World,
         exchange: Exchange,
         name: tuple[int | str, ...],
+        sender: Sender | None = None,
+        bucket_bytes: int = 4_000_000,
     ) -> None:
+        """Begin to train `survivors`, which pack `model`'s weights; `close` when it is over.
+
+        name: of the training's random numbers. sender: how buckets travel over `exchange`; as they are if None.
+        """
         self.plan = plan
         self.survivors = survivors
+        self._sender = sender or Wire(exchange, None)
+        self.buckets = Buckets(survivors, self._sender, bucket_bytes)
+        self._optimizer = make_optimizer(survivors, training.optimizer)
         self._task, self._model, self._dataset, self._training = task, model, dataset, training
         self._world, self._exchange, self._name = world, exchange, name
         self._device = next(model.parameters()).device
-        self._optimizer = make_optimizer(survivors.parameters(), training.optimizer)
         self._order: tuple[int, Tensor] = (-1, torch.empty(0))
 
-    def step(self, number: int, stop: bool) -> Step:
-        """Do step `number`. `stop` says that this rank is asked to stop; the result's, that any rank is."""
+    def close(self) -> None:
+        """Leave the model as a model again."""
+        self.buckets.close()
+
+    def step(self, number: int, stop: bool, written: bool = False) -> Step:
+        """Do step `number`. `stop` and `written` are this rank's answers to what the result says of all."""
         start, waited = time.perf_counter(), self._world.seconds_waited
         seed_all(*self._name, "step", number, self._world.rank)
-        indices = self._indices(number)
-        batch = to_device(default_collate([self._dataset[index] for index in indices]), self._device)
-        self._model.train()
-        loss = self._task.loss(self._task.predict(self._model, batch), batch) * (len(indices) / self.plan.batch)
-        loss.backward()  # type: ignore[no-untyped-call]
-        self.survivors.pack_gradients()
-
-        agreed = torch.stack([loss.detach().float(), torch.tensor(float(stop), device=self._device)])
-        what = f"{self._name[1]}: all-reduce of step {number}"
-        for pending in [self._exchange.begin(buffer, what) for buffer in (*self.survivors.gradients(), agreed)]:
-            pending.wait()
-        total, stops = agreed.tolist()
-        if total != total or total in (float("inf"), float("-inf")):
-            raise NumericsError(
-                f"{' '.join(map(str, self._name[1:]))}: the loss is {total} in step {number}; lower the learning rate "
-                "or look at the data, then run again: it goes on from the last checkpoint"
-            )
+        what = f"{self._name[1]}: exchange of step {number}"
+        self._sender.begin_step(number)
+        loss = self._backward(number, what)
+        bad = self.buckets.not_finite() or ("" if torch.isfinite(loss) else "the loss")
+        votes = torch.tensor([stop, written, bool(bad)], dtype=loss.dtype, device=self._device)
+        agreed = torch.cat([loss.reshape(1), votes])
+        pending = self._exchange.begin(agreed, what)
+        traffic = self.buckets.wait()
+        pending.wait()
+        total, stops, writers, spoilt = agreed.tolist()
+        if spoilt:
+            self._tell_divergence(number, bad, float(loss))
 
         factor = learning_rate_factor(self._training.lr_schedule, number, self.plan.steps)
         for group in self._optimizer.param_groups:
             group["lr"] = self._training.optimizer.lr * factor
+        if self._training.clip_norm is not None:
+            torch.nn.utils.clip_grad_norm_(self.survivors.parameters(), self._training.clip_norm)
         self._optimizer.step()
         self.survivors.unpack()
         return Step(
@@ -116,7 +136,51 @@ class Trainer:
             self._training.optimizer.lr * factor,
             time.perf_counter() - start,
             self._world.seconds_waited - waited,
+            traffic.overlap,
             stops > 0,
+            writers == self._world.size,
+        )
+
+    def optimizer_state(self) -> dict[str, Tensor]:
+        """The optimizer's tensors by the parameters' names, as the survivors pack them."""
+        return named_state(self._optimizer, self.survivors)
+
+    def own_state(self) -> dict[str, Tensor]:
+        """What this rank's exchange holds back for later steps, by name."""
+        return self._sender.own_state()
+
+    def load_optimizer_state(self, tensors: Mapping[str, Tensor], masks: Masks | None) -> None:
+        """Take what `optimizer_state` gave under `masks`, of this round or an earlier one."""
+        load_state(self._optimizer, self.survivors, tensors, masks)
+
+    def _backward(self, number: int, what: str) -> Tensor:
+        """Compute the gradients of this rank's share of the batch, part by part; its part of the mean loss."""
+        indices = self._indices(number)
+        parts = min(self._training.accumulate, len(indices))
+        total = torch.zeros((), dtype=torch.float64, device=self._device)
+        self._model.train()
+        for part in range(parts):
+            own = indices[part * len(indices) // parts : (part + 1) * len(indices) // parts]
+            batch = to_device(default_collate([self._dataset[index] for index in own]), self._device)
+            with torch.autocast(self._device.type, torch.bfloat16, enabled=self._training.autocast):
+                loss = self._task.loss(self._task.predict(self._model, batch), batch) * (len(own) / self.plan.batch)
+            self.buckets.backward(loss, what, add=part > 0, send=part == parts - 1)
+            total += loss.detach()
+        return total
+
+    def _tell_divergence(self, number: int, bad: str, loss: float) -> None:
+        """Raise NumericsError, on every rank, with what each of the ranks found not to be finite."""
+        what = f"{' '.join(map(str, self._name[1:]))}: step {number}"
+        found = self._world.allgather((bad, loss), f"{what}: naming what is not finite")
+        places = [
+            f"rank {rank}: "
+            + (f"the loss is {its}" if name == "the loss" else f"the gradient of {name} (loss {its:.4g})")
+            for rank, (name, its) in enumerate(found)
+            if name
+        ]
+        raise NumericsError(
+            f"{what}: NaN or infinite values on {'; '.join(places[:4])}; lower the learning rate, clip the gradients "
+            "(clip_norm) or look at the data, then run again: it goes on from the last checkpoint"
         )
 
     def _indices(self, number: int) -> list[int]:
@@ -130,39 +194,6 @@ class Trainer:
         low, high = part_of_rank(self.plan.batch, self._world)
         chosen: list[int] = self._order[1][first + low : first + high].tolist()
         return chosen
-
-    def optimizer_state(self) -> dict[str, Tensor]:
-        """The optimizer's tensors, under "<number of the packed vector>/<key>"."""
-        state = self._optimizer.state_dict()["state"]
-        return {
-            f"{index}/{key}": value
-            for index, values in state.items()
-            for key, value in values.items()
-            if isinstance(value, Tensor)
-        }
-
-    def load_optimizer_state(self, tensors: Mapping[str, Tensor]) -> None:
-        """Take what `optimizer_state` gave."""
-        state: dict[int, dict[str, Tensor]] = {}
-        for name, value in tensors.items():
-            index, _, key = name.partition("/")
-            state.setdefault(int(index), {})[key] = value
-        groups = self._optimizer.state_dict()["param_groups"]
-        self._optimizer.load_state_dict({"state": state, "param_groups": groups})
-
-
-def make_optimizer(parameters: list[nn.Parameter], spec: Optimizer) -> torch.optim.Optimizer:
-    """The torch optimizer that a job describes."""
-    if spec.name == "sgd":
-        return torch.optim.SGD(
-            parameters,
-            lr=spec.lr,
-            momentum=spec.momentum,
-            nesterov=spec.nesterov,
-            weight_decay=spec.weight_decay,
-        )
-    kind: type[torch.optim.Adam] = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[spec.name]
-    return kind(parameters, lr=spec.lr, betas=spec.betas, weight_decay=spec.weight_decay)
 
 
 def average_batch_norm(model: nn.Module, world: World) -> None:

@@ -1,4 +1,7 @@
-"""What tests of several modules share: real MPI ranks in subprocesses, with a time-out so that a hang is a failure."""
+"""What tests of several modules share: commands, real MPI ranks in subprocesses, and what a small run leaves.
+
+All have a time-out, so that a hang is a failure.
+"""
 
 from __future__ import annotations
 
@@ -6,13 +9,16 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Protocol
 
 import pytest
 
+from tests.commands import Command, server
+
 ROOT = Path(__file__).resolve().parent.parent
+SMALL = ROOT / "tests/jobs/small"
 
 # Two things Open MPI wants to be told: that root may run it, and that ranks may share a core.
 LAUNCH = {
@@ -54,3 +60,41 @@ def mpirun() -> Launch:
         return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=timeout)
 
     return launch
+
+
+@pytest.fixture(scope="session")
+def hpcprune(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Command]:
+    """Run a command: `hpcprune("run", "job.yaml")`."""
+    with server(tmp_path_factory.mktemp("output")) as command:
+        yield command
+
+
+@pytest.fixture(scope="session")
+def done(tmp_path_factory: pytest.TempPathFactory, hpcprune: Command) -> Path:
+    """The folder of a small run that nothing disturbed; not to be changed."""
+    done = tmp_path_factory.mktemp("done") / "run"
+    ended = hpcprune("run", SMALL / "job.yaml", "--out", done)
+    assert ended.code == 0, ended.err
+    return done
+
+
+@pytest.fixture
+def cut(done: Path, tmp_path: Path) -> Path:
+    """The folder of the same run, cut off before its last checkpoint."""
+    cut = Path(shutil.copytree(done, tmp_path / "cut"))
+    for name in ("report.json", "report.html", "model.h5"):
+        (cut / name).unlink()
+    shutil.rmtree(max((cut / "checkpoints").iterdir()))
+    return cut
+
+
+@pytest.fixture
+def disk(tmp_path: Path) -> Iterator[Path]:
+    """A disk of 2 MB."""
+    if os.geteuid() != 0:
+        pytest.skip("only root may mount a disk")
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=2m", "none", disk], check=True)
+    yield disk
+    subprocess.run(["umount", disk], check=True)

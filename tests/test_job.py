@@ -234,7 +234,11 @@ VALUES = [
     ("weights", "3", "3 is not a text that is not empty; put it in quotes"),
     ("seed", "-1", "-1 is not a whole number in [0, 4294967296)"),
     ("seed", "4294967296", "4294967296 is not a whole number in [0, 4294967296)"),
-    ("train", "3", "3 is not a section (keys: epochs, steps, batch_size, batch_per, optimizer, lr_schedule)"),
+    (
+        "train",
+        "3",
+        "3 is not a section (keys: epochs, steps, batch_size, batch_per, optimizer, lr_schedule, accumulate, clip_norm, autocast)",
+    ),
     ("retrain.epochs", "-1", "-1 is not a number of at least 0, or null"),
     ("retrain.batch_size", "0", "0 is not a whole number of at least 1"),
     ("retrain.batch_per", "node", '"node" is not one of global, rank'),

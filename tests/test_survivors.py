@@ -97,7 +97,7 @@ def test_dense_gradients_are_freed_once_packed() -> None:
 def test_each_dtype_has_its_own_vector() -> None:
     model = nn.ModuleList([nn.Linear(4, 4), nn.Linear(4, 4, dtype=torch.bfloat16)])
     survivors = Survivors(model, hpcprune.prune(model, 0.5, scope="layer", comm=World.alone()))
-    assert [(p.dtype, p.numel()) for p in survivors.parameters()] == [(torch.float32, 12), (torch.bfloat16, 12)]
+    assert [(p.dtype, p.numel()) for p in survivors.parameters()] == [(torch.bfloat16, 12), (torch.float32, 12)]
     survivors.packed[torch.bfloat16].data.fill_(3)
     survivors.unpack()
     assert int((model[1].weight == 3).sum()) == 8 and int((model[1].weight == 0).sum()) == 8

@@ -10,9 +10,9 @@ from torch import nn
 
 import hpcprune
 from hpcprune.errors import JobError, NumericsError
-from hpcprune.job import LrSchedule, Training
 from hpcprune.masks import Masks
 from hpcprune.train import Plan, average_batch_norm, make_optimizer, plan_steps
+from hpcprune.training import LrSchedule, Training
 from hpcprune.world import World
 from tests.training import OPTIMIZERS, Remembering, Small, begin, torchs
 

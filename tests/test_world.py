@@ -140,7 +140,7 @@ def test_a_mistake_that_all_know_of_says_whose_and_what() -> None:
     def mistake() -> None:
         raise JobError("prune.sparsity: 1.2 is not in [0, 1)")
 
-    with pytest.raises(AgreedError, match="sparsity: 1.2 is not in") as caught:
+    with pytest.raises(AgreedError, match=r"sparsity: 1\.2 is not in") as caught:
         World.alone().together(mistake, "test")
     assert caught.value.rank == 0 and isinstance(caught.value.error, JobError)
 

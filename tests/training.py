@@ -11,10 +11,10 @@ from torch.utils.data import Dataset
 
 import hpcprune
 from hpcprune.exchange import Exchange, Pending
-from hpcprune.job import LrSchedule, Optimizer, Training
 from hpcprune.masks import Masks
 from hpcprune.survivors import Survivors
 from hpcprune.train import Trainer, plan_steps
+from hpcprune.training import LrSchedule, Optimizer, Training
 from hpcprune.world import World
 
 OPTIMIZERS: dict[str, Optimizer] = {
@@ -120,9 +120,7 @@ def begin(
     world = world or World.alone()
     model = model or task.model()
     data = Remembering()
-    training = Training(
-        steps=steps, batch_size=batch_size, optimizer=OPTIMIZERS[optimizer], lr_schedule=lr_schedule
-    )
+    training = Training(steps=steps, batch_size=batch_size, optimizer=OPTIMIZERS[optimizer], lr_schedule=lr_schedule)
     plan = plan_steps(training, len(data), world.size, "retrain")
     name = (seed, "retrain", 1)
     survivors = Survivors(model, masks)

@@ -11,26 +11,22 @@ from __future__ import annotations
 
 import json
 import zlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import h5py
 import numpy as np
 
-from hpcprune.checkpoint.bits import cut_bits, padding_clear, popcount, tally
+from hpcprune.checkpoint.bits import tally
 from hpcprune.checkpoint.file import Sink, write_file
 from hpcprune.checkpoint.format import (
     CHUNK,
     DENSE_ENOUGH,
     FILE_FIELDS,
     FORMAT,
-    INDEX_FIELDS,
-    LAYER_DTYPES,
-    LAYER_FIELDS,
     LONGEST_TEXT,
     Array,
-    Bits,
     LayerState,
     State,
     TensorState,
@@ -42,10 +38,11 @@ from hpcprune.checkpoint.format import (
     tensor_path,
     weights_of,
 )
+from hpcprune.checkpoint.portion import Portion, check_layer, portion_of
 from hpcprune.errors import CheckpointError
-from hpcprune.native.survivors import gather
+from hpcprune.native.survivors import popcount
 
-__all__ = ["put_about", "put_attributes", "put_index_layer", "put_layer", "put_own", "put_tensors", "write_model"]
+__all__ = ["describe_layer", "put_about", "put_attributes", "put_layer", "put_own", "put_tensors", "write_model"]
 
 
 def write_model(path: str | Path, state: State) -> str:
@@ -62,7 +59,7 @@ def write_model(path: str | Path, state: State) -> str:
         put_attributes(file, {"format": FORMAT, "kind": "model"})
         put_about(file, state.about)
         for order, (name, layer) in enumerate(state.layers.items()):
-            put_layer(file, sink, name, order, layer, 0, weights_of(layer.shape))
+            put_layer(file, sink, portion_of(name, order, layer, 0, weights_of(layer.shape)))
         put_tensors(file, sink, state.tensors)
         put_own(file, sink, state.own)
 
@@ -119,35 +116,29 @@ def _fixed(text: bytes) -> Array:
     return np.array(text, h5py.string_dtype("utf-8", max(1, len(text))))
 
 
-def put_layer(file: h5py.File, sink: Sink, name: str, order: int, layer: LayerState, start: int, stop: int) -> None:
-    """Store the weights [start, stop) of a layer; at most one chunk is copied at a time."""
-    check_layer(name, layer)
-    mask, dtype = layer.mask, layer.dtype
-    survivors = stop - start if mask is None else sum(popcount(part) for part in _mask_parts(mask, start, stop))
+def put_layer(file: h5py.File, sink: Sink, portion: Portion) -> None:
+    """Store a layer, or a portion of one."""
+    name, start, stop, survivors = portion.name, portion.start, portion.stop, portion.survivors
     group = file.require_group("layers").create_group(escape(name) + (f"@{start}" if start else ""))
-    values = group.create_dataset("values", (survivors,), storage(dtype, name))
+    values = group.create_dataset("values", (survivors,), storage(portion.dtype, name))
     nonzeros = nonfinite = at = 0
-    for low in range(start, stop, CHUNK):
-        high = min(low + CHUNK, stop)
-        part = layer.values[low:high]
-        if mask is not None:
-            part = gather(part, cut_bits(mask, low, high))
-        counts = tally(part, dtype)
+    for part in portion.values:
+        counts = tally(part, portion.dtype)
         nonzeros, nonfinite = nonzeros + counts[0], nonfinite + counts[1]
         if part.size:
             values[at : at + part.size] = part
         at += part.size
         sink.check()
-    if mask is not None:
-        _put_mask(group, sink, mask, start, stop, survivors <= DENSE_ENOUGH * (stop - start))
-    place = {"order": order, "shape": layer.shape, "dtype": dtype, "start": start, "stop": stop}
+    if portion.mask is not None:
+        _put_mask(group, sink, portion)
+    place = {"order": portion.order, "shape": portion.shape, "dtype": portion.dtype, "start": start, "stop": stop}
     stated = {"survivors": survivors, "nonzeros": nonzeros, "nonfinite": nonfinite}
-    share = {"weights": stop - start, "sparsity": sparsity(survivors, stop - start)}
-    put_attributes(group, {**place, **stated, **share, **layer.attributes})
+    share = {"weights": portion.weights, "sparsity": sparsity(survivors, portion.weights)}
+    put_attributes(group, {**place, **stated, **share, **portion.attributes})
 
 
-def put_index_layer(file: h5py.File, name: str, order: int, layer: LayerState) -> None:
-    """Describe a whole layer in an index; its values lie in the shards."""
+def describe_layer(name: str, order: int, layer: LayerState) -> dict[str, Any]:
+    """What an index says of a whole layer; its values lie in the shards."""
     check_layer(name, layer)
     weights = weights_of(layer.shape)
     survivors = weights if layer.mask is None else popcount(layer.mask)
@@ -160,53 +151,26 @@ def put_index_layer(file: h5py.File, name: str, order: int, layer: LayerState) -
         "survivors": survivors,
         "sparsity": sparsity(survivors, weights),
     }
-    put_attributes(file.require_group("layers").create_group(escape(name)), {**fields, **layer.attributes})
+    return {**fields, **layer.attributes}
 
 
-def _mask_parts(mask: Bits, start: int, stop: int, size: int = CHUNK // 8) -> Iterator[Bits]:
-    """The packed bits of the weights [start, stop), `size` bytes at a time."""
-    for low in range(start, stop, 8 * size):
-        yield cut_bits(mask, low, min(low + 8 * size, stop))
-
-
-def _put_mask(group: h5py.Group, sink: Sink, mask: Bits, start: int, stop: int, deflate: bool) -> None:
-    total, at = mask_bytes(stop - start), 0
-    if not (deflate and total):
+def _put_mask(group: h5py.Group, sink: Sink, portion: Portion) -> None:
+    total, at = mask_bytes(portion.weights), 0
+    if not (total and portion.survivors <= DENSE_ENOUGH * portion.weights):
         dataset = group.create_dataset("mask", (total,), np.uint8)
-        for part in _mask_parts(mask, start, stop):
+        for part in portion.mask_parts(CHUNK // 8):
             dataset[at : at + part.size] = part
             at += part.size
             sink.check()
         return
     size = mask_chunk(total)
     dataset = group.create_dataset("mask", (total,), np.uint8, chunks=(size,), compression="gzip", compression_opts=1)
-    for part in _mask_parts(mask, start, stop, size):
+    for part in portion.mask_parts(size):
         packer = zlib.compressobj(1, zlib.DEFLATED, zlib.MAX_WBITS, zlib.DEF_MEM_LEVEL, zlib.Z_HUFFMAN_ONLY)
         packed = packer.compress(part.data) + packer.compress(bytes(size - part.size)) + packer.flush()
         dataset.id.write_direct_chunk((at,), packed)
         at += size
         sink.check()
-
-
-def check_layer(name: str, layer: LayerState) -> None:
-    """Raise CheckpointError if a layer's parts do not fit each other."""
-    for key in layer.attributes:
-        if key in LAYER_FIELDS or key in INDEX_FIELDS:
-            raise CheckpointError(f"{name}: attribute {key!r} is the format's own; choose another name")
-    weights, kind = weights_of(layer.shape), storage(layer.dtype, name, LAYER_DTYPES)
-    if layer.values.shape != (weights,) or layer.values.dtype != kind:
-        raise CheckpointError(
-            f"{name}: values of shape {layer.values.shape} and type {layer.values.dtype} do not hold the {weights:,} "
-            f"weights of {layer.shape} as {layer.dtype}; give them flat, as {kind}"
-        )
-    mask = layer.mask
-    if mask is not None and (mask.shape != (mask_bytes(weights),) or mask.dtype != np.uint8):
-        raise CheckpointError(
-            f"{name}: a mask of shape {mask.shape} and type {mask.dtype} does not fit {weights:,} weights; give "
-            f"{mask_bytes(weights):,} bytes of packed bits"
-        )
-    if mask is not None and not padding_clear(mask, weights):
-        raise CheckpointError(f"{name}: the mask has bits set after its last weight; clear them")
 
 
 def put_tensors(file: h5py.File, sink: Sink, tensors: Mapping[str, TensorState]) -> None:

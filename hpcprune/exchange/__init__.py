@@ -10,7 +10,7 @@ from typing import Protocol
 
 from torch import Tensor
 
-__all__ = ["Exchange", "Pending"]
+__all__ = ["Exchange", "Gathering", "Pending"]
 
 
 class Pending(Protocol):
@@ -18,6 +18,14 @@ class Pending(Protocol):
 
     def wait(self) -> None:
         """Return when the buffer holds the sum over all ranks."""
+        ...
+
+
+class Gathering(Protocol):
+    """An all-gather under way."""
+
+    def wait(self) -> list[Tensor]:
+        """Every rank's buffer, in rank order."""
         ...
 
 
@@ -29,6 +37,10 @@ class Exchange(Protocol):
 
     def begin(self, buffer: Tensor, what: str) -> Pending:
         """Start summing a buffer over all ranks, in place; `what` names it in the message when ranks are missing."""
+        ...
+
+    def gather(self, buffer: Tensor, what: str) -> Gathering:
+        """Start to bring every rank's buffer, all of one length and dtype, to every rank."""
         ...
 
     def close(self) -> None:

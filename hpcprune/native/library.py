@@ -210,6 +210,7 @@ def _load(file: Path) -> ctypes.CDLL:
             ("pack", long, [integer] * 3 + arrays + [long] * 2 + [pointer, integer]),
             ("gather", integer, [integer] * 2 + [pointer, long, pointer, pointer, integer]),
             ("scatter", integer, [integer] * 2 + [pointer, long, pointer, pointer, integer]),
+            ("update", integer, [integer] * 2 + [pointer, long, pointer, pointer, integer]),
             ("zero_pruned", integer, [integer, pointer, long, pointer, integer]),
             ("popcount", long, [pointer, long]),
         ):

@@ -2,6 +2,7 @@
 //
 //   gather       packed[j] = dense[i] for the j-th bit i that is 1
 //   scatter      dense[i] = packed[j] where bit i is 1, else 0
+//   update       dense[i] = packed[j] where bit i is 1; the others are not touched
 //   zero_pruned  dense[i] = 0 where bit i is 0
 //   popcount     how many bits are 1
 //
@@ -48,7 +49,7 @@ void gather(const Element* dense, const uint8_t* bits, int64_t start, int64_t st
   }
 }
 
-template <class Element>
+template <bool CLEAR, class Element>
 void scatter(Element* dense, const uint8_t* bits, int64_t start, int64_t stop, const Element* packed) {
   for (int64_t i = start; i < stop; i += 64) {
     const int64_t here = std::min<int64_t>(64, stop - i);
@@ -58,7 +59,7 @@ void scatter(Element* dense, const uint8_t* bits, int64_t start, int64_t stop, c
       packed += 64;
       continue;
     }
-    std::memset(dense + i, 0, here * sizeof(Element));
+    if (CLEAR) std::memset(dense + i, 0, here * sizeof(Element));
     for (; left; left &= left - 1) dense[i + __builtin_ctzll(left)] = *packed++;
   }
 }
@@ -99,6 +100,10 @@ struct Register<uint32_t> {
   AVX512 static void expand(uint32_t* to, uint64_t ones, const uint32_t* from) {
     _mm512_storeu_si512(to, _mm512_maskz_expandloadu_epi32(static_cast<__mmask16>(ones), from));
   }
+  AVX512 static void update(uint32_t* to, uint64_t ones, const uint32_t* from) {
+    const __mmask16 mask = static_cast<__mmask16>(ones);
+    _mm512_mask_storeu_epi32(to, mask, _mm512_maskz_expandloadu_epi32(mask, from));
+  }
 };
 
 template <>
@@ -111,6 +116,10 @@ struct Register<uint64_t> {
   AVX512 static void expand(uint64_t* to, uint64_t ones, const uint64_t* from) {
     _mm512_storeu_si512(to, _mm512_maskz_expandloadu_epi64(static_cast<__mmask8>(ones), from));
   }
+  AVX512 static void update(uint64_t* to, uint64_t ones, const uint64_t* from) {
+    const __mmask8 mask = static_cast<__mmask8>(ones);
+    _mm512_mask_storeu_epi64(to, mask, _mm512_maskz_expandloadu_epi64(mask, from));
+  }
 };
 
 template <>
@@ -122,6 +131,10 @@ struct Register<uint16_t> {
   }
   AVX512_VBMI2 static void expand(uint16_t* to, uint64_t ones, const uint16_t* from) {
     _mm512_storeu_si512(to, _mm512_maskz_expandloadu_epi16(static_cast<__mmask32>(ones), from));
+  }
+  AVX512_VBMI2 static void update(uint16_t* to, uint64_t ones, const uint16_t* from) {
+    const __mmask32 mask = static_cast<__mmask32>(ones);
+    _mm512_mask_storeu_epi16(to, mask, _mm512_maskz_expandloadu_epi16(mask, from));
   }
 };
 
@@ -149,18 +162,22 @@ AVX512 void gather_avx512(const Element* dense, const uint8_t* bits, int64_t sta
   gather(dense, bits, whole, stop, packed);
 }
 
-template <class Element>
+template <bool CLEAR, class Element>
 AVX512 void scatter_avx512(Element* dense, const uint8_t* bits, int64_t start, int64_t stop, const Element* packed) {
   const int64_t whole = start + (stop - start) / 64 * 64;
   for (int64_t i = start; i < whole; i += 64) {
     const uint64_t ones = word(bits, i, stop);
     for (int64_t j = 0; j < 64; j += WIDTH<Element>) {
       const uint64_t here = ones >> j & (~uint64_t(0) >> (64 - WIDTH<Element>));
-      Register<Element>::expand(dense + i + j, here, packed);
+      if (CLEAR) {
+        Register<Element>::expand(dense + i + j, here, packed);
+      } else if (here) {
+        Register<Element>::update(dense + i + j, here, packed);
+      }
       packed += _mm_popcnt_u64(here);
     }
   }
-  scatter(dense, bits, whole, stop, packed);
+  scatter<CLEAR>(dense, bits, whole, stop, packed);
 }
 
 #endif
@@ -194,7 +211,7 @@ void gather_all([[maybe_unused]] int path, const void* dense, int64_t length, co
   });
 }
 
-template <class Element>
+template <bool CLEAR, class Element>
 void scatter_all([[maybe_unused]] int path, void* dense, int64_t length, const uint8_t* bits, const void* packed, int threads) {
   const auto runs = cut(&length, 1, threads);
   const auto offset = offsets(runs, bits);
@@ -204,11 +221,11 @@ void scatter_all([[maybe_unused]] int path, void* dense, int64_t length, const u
       const Element* from = static_cast<const Element*>(packed) + offset[run];
 #if defined(__x86_64__)
       if (with_registers<Element>(path)) {
-        scatter_avx512(to, bits, slice.start, slice.stop, from);
+        scatter_avx512<CLEAR>(to, bits, slice.start, slice.stop, from);
         continue;
       }
 #endif
-      scatter(to, bits, slice.start, slice.stop, from);
+      scatter<CLEAR>(to, bits, slice.start, slice.stop, from);
     }
   });
 }
@@ -245,9 +262,19 @@ int hpcprune_gather(int path, int size, const void* dense, int64_t length, const
 int hpcprune_scatter(int path, int size, void* dense, int64_t length, const uint8_t* bits, const void* packed,
                      int threads) {
   switch (size) {
-    case 2: scatter_all<uint16_t>(path, dense, length, bits, packed, threads); return 0;
-    case 4: scatter_all<uint32_t>(path, dense, length, bits, packed, threads); return 0;
-    case 8: scatter_all<uint64_t>(path, dense, length, bits, packed, threads); return 0;
+    case 2: scatter_all<true, uint16_t>(path, dense, length, bits, packed, threads); return 0;
+    case 4: scatter_all<true, uint32_t>(path, dense, length, bits, packed, threads); return 0;
+    case 8: scatter_all<true, uint64_t>(path, dense, length, bits, packed, threads); return 0;
+    default: return 1;
+  }
+}
+
+int hpcprune_update(int path, int size, void* dense, int64_t length, const uint8_t* bits, const void* packed,
+                    int threads) {
+  switch (size) {
+    case 2: scatter_all<false, uint16_t>(path, dense, length, bits, packed, threads); return 0;
+    case 4: scatter_all<false, uint32_t>(path, dense, length, bits, packed, threads); return 0;
+    case 8: scatter_all<false, uint64_t>(path, dense, length, bits, packed, threads); return 0;
     default: return 1;
   }
 }

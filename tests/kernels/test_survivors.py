@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from hpcprune.native.survivors import MaskError, gather, popcount, scatter, zero_pruned
+from hpcprune.native.survivors import MaskError, gather, popcount, scatter, update, zero_pruned
 
 ELEMENTS = (np.float64, np.float32, np.float16, np.uint16)
 
@@ -27,6 +27,12 @@ def test_gather_scatter_and_zero_agree_with_boolean_indexing(path: str, element:
         dense = scatter(survivors, bits, count)
         zeroed = values.copy()
         zero_pruned(zeroed, bits)
+        updated = ~values.view(f"u{values.itemsize}")
+        others = updated[~kept].copy()
+        update(updated, bits, survivors.view(updated.dtype))
+        assert updated[kept].tobytes() == survivors.tobytes() and np.array_equal(updated[~kept], others)
+        out = np.empty_like(survivors)
+        assert gather(values, bits, out=out) is out and out.tobytes() == survivors.tobytes()
         expected = np.where(kept, values.view(f"u{values.itemsize}"), 0)
         assert survivors.dtype == element and dense.dtype == element
         assert survivors.tobytes() == values[kept].tobytes()
@@ -42,6 +48,9 @@ def test_threads_share_a_large_array(path: str, element: Any) -> None:
     survivors = gather(values, bits, threads=3)
     assert survivors.tobytes() == values[kept].tobytes()
     assert scatter(survivors, bits, count, threads=3).tobytes() == np.where(kept, values, element(0)).tobytes()
+    target = np.full(count, 5, element)
+    update(target, bits, survivors, threads=3)
+    assert target.tobytes() == np.where(kept, values, element(5)).tobytes()
     zero_pruned(values, bits, threads=3)
     assert not values[~kept].any() and values[kept].tobytes() == survivors.tobytes()
 
@@ -69,6 +78,12 @@ def test_counts_that_disagree_are_refused(path: str) -> None:
         gather(values, np.array([0xFF, 0x07], np.uint8))
     with pytest.raises(MaskError, match="9 survivors for a mask with 10 bits set"):
         scatter(values[:9], bits, 10)
+    with pytest.raises(MaskError, match="9 survivors for a mask with 10 bits set"):
+        update(values, bits, values[:9])
+    with pytest.raises(MaskError, match="survivors of float64 cannot be written into an array of float32"):
+        update(values, bits, values.astype(np.float64))
+    with pytest.raises(MaskError, match=r"out is float32 of shape \(9,\): float32 of shape \(10,\) is needed"):
+        gather(values, bits, out=values[:9])
     with pytest.raises(MaskError, match="1-D array of 2, 4 or 8 bytes"):
         gather(np.ones(10, np.int8), bits)
     with pytest.raises(MaskError, match="1-D array of 2, 4 or 8 bytes"):

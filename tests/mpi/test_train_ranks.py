@@ -9,6 +9,7 @@ import copy
 import hashlib
 import sys
 from collections.abc import Iterator
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -119,11 +120,11 @@ def check_samples(world: World, exchange: TorchExchange) -> None:
         ours.trainer.step(number, False)
         alone.trainer.step(number, False)
         asked = COMM.allgather(ours.data.asked[before:])
-        assert sum(asked, []) == alone.data.asked[-10:], "the global batch, in rank order"
+        assert list(chain(*asked)) == alone.data.asked[-10:], "the global batch, in rank order"
     for epoch in (0, 1):
         length = len(ours.data.asked) // 2
         asked = COMM.allgather(ours.data.asked[epoch * length : (epoch + 1) * length])
-        assert sorted(sum(asked, [])) == list(range(50))
+        assert sorted(chain(*asked)) == list(range(50))
 
 
 def check_batch_norm(world: World) -> None:

@@ -193,9 +193,7 @@ CASES: dict[str, Case] = {
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_a_failure_ends_every_rank_within_5_seconds_and_is_told_once(
-    mpirun: Launch, tmp_path: Path, name: str
-) -> None:
+def test_a_failure_ends_every_rank_within_5_seconds_and_is_told_once(mpirun: Launch, tmp_path: Path, name: str) -> None:
     _, ranks, code, told = CASES[name]
     done = mpirun(ranks, __file__, name, tmp_path, timeout=30)
     processes = [Path("/proc", path.name) for path in tmp_path.iterdir()]

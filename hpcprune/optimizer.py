@@ -1,0 +1,81 @@
+"""The optimizer on packed weights, and its state by the parameters' names.
+
+An optimizer's state lies in packed vectors as the weights do. By name it does not depend on how the vectors are laid
+out, so it can be saved, gone on with under another layout, and carried over when further weights are pruned: those that
+stay keep their momentum.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from hpcprune.masks import Masks
+from hpcprune.packing import Packed
+from hpcprune.survivors import Segment, Survivors
+from hpcprune.training import Optimizer
+
+__all__ = ["load_state", "make_optimizer", "named_state"]
+
+
+def make_optimizer(survivors: Survivors, spec: Optimizer) -> torch.optim.Optimizer:
+    """The torch optimizer that a job describes."""
+    parameters = survivors.parameters()
+    if spec.name == "sgd":
+        return torch.optim.SGD(
+            parameters,
+            lr=spec.lr,
+            momentum=spec.momentum,
+            nesterov=spec.nesterov,
+            weight_decay=spec.weight_decay,
+        )
+    kind: type[torch.optim.Adam] = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[spec.name]
+    return kind(parameters, lr=spec.lr, betas=spec.betas, weight_decay=spec.weight_decay)
+
+
+def named_state(optimizer: torch.optim.Optimizer, survivors: Survivors) -> dict[str, Tensor]:
+    """The optimizer's tensors, under "<parameter>/<key>" as it packs the parameter, or "<key>". Memory is shared."""
+    named = {}
+    for dtype, packed in survivors.packed.items():
+        for key, value in optimizer.state[packed].items():
+            if not isinstance(value, Tensor):
+                continue
+            if value.shape != packed.shape:
+                named[key] = value
+                continue
+            for segment in survivors.segments[dtype]:
+                named[f"{segment.name}/{key}"] = value[segment.start : segment.stop]
+    return named
+
+
+def load_state(
+    optimizer: torch.optim.Optimizer, survivors: Survivors, named: Mapping[str, Tensor], masks: Masks | None
+) -> None:
+    """Set the optimizer's state to what `named_state` gave under `masks`, which may be those of an earlier round.
+
+    Weights that were pruned since lose theirs; the packed vectors may be laid out in another way.
+    """
+    keys = {name.rpartition("/")[2] for name in named}
+    for dtype, packed in survivors.packed.items():
+        state = optimizer.state[packed]
+        for key in keys:
+            if key in named:
+                state[key] = named[key].clone()
+                continue
+            state[key] = torch.zeros_like(packed, requires_grad=False)
+            for segment in survivors.segments[dtype]:
+                dense = _dense(named[f"{segment.name}/{key}"], segment, masks)
+                segment.packing.gather(dense, state[key][segment.start : segment.stop])
+
+
+def _dense(value: Tensor, segment: Segment, masks: Masks | None) -> Tensor:
+    """A segment's state with a place for every weight."""
+    weights, device = segment.parameter.numel(), segment.parameter.device
+    if value.numel() == weights:
+        return value.to(device)
+    assert masks is not None, "only what is pruned has fewer values than weights"
+    dense = torch.zeros(weights, dtype=value.dtype, device=device)
+    Packed(masks.bits(segment.name), weights, device).scatter(value.to(device), dense)
+    return dense

@@ -1,0 +1,103 @@
+"""Packing: how the weights of one parameter lie in the packed vector, and how they get there and back.
+
+Three ways with the same methods. `Packed` keeps the survivors alone; on the CPU the mask's own bits say where they
+belong (kernels/survivors), which is several times faster than indices and takes 1 bit a weight instead of 64. `Masked`
+keeps every weight and clears the gradients of the pruned ones, for densities at which packing does not pay. `Whole`
+keeps every weight of a parameter of which nothing is pruned.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from hpcprune.native.survivors import gather, popcount, update
+from hpcprune.tensors import to_array
+
+__all__ = ["Masked", "Packed", "Packing", "Whole"]
+
+Bits = npt.NDArray[np.uint8]
+
+
+class Packing(Protocol):
+    """One parameter's way into a packed vector. All tensors are flat, contiguous, of one dtype and device."""
+
+    @property
+    def length(self) -> int:
+        """How many elements it takes there."""
+        ...
+
+    @property
+    def whole(self) -> bool:
+        """Whether those are all of the parameter's, in order, so that the parameter can be a view of them."""
+        ...
+
+    def gather(self, dense: Tensor, out: Tensor) -> None:
+        """Take what travels from a dense tensor; what is pruned becomes zero where it has a place at all."""
+        ...
+
+    def scatter(self, packed: Tensor, dense: Tensor) -> None:
+        """Put it back; what is pruned is not touched, or set to zero."""
+        ...
+
+
+@dataclass(frozen=True)
+class Whole:
+    """Nothing is pruned."""
+
+    length: int
+    whole: bool = True
+
+    def gather(self, dense: Tensor, out: Tensor) -> None:
+        out.copy_(dense)
+
+    def scatter(self, packed: Tensor, dense: Tensor) -> None:
+        dense.copy_(packed)
+
+
+class Packed:
+    """The survivors alone."""
+
+    whole = False
+
+    def __init__(self, bits: Bits, weights: int, device: torch.device) -> None:
+        """The survivors of `weights` weights by their packed mask; indices are made for devices other than the CPU."""
+        self.length = popcount(bits)
+        self._bits, self._places = bits, None
+        if device.type != "cpu":
+            kept = np.unpackbits(bits, count=weights, bitorder="little")
+            self._places = torch.from_numpy(np.flatnonzero(kept)).to(device)
+
+    def gather(self, dense: Tensor, out: Tensor) -> None:
+        if self._places is not None:
+            torch.index_select(dense, 0, self._places, out=out)
+        else:
+            gather(to_array(dense), self._bits, torch.get_num_threads(), to_array(out))
+
+    def scatter(self, packed: Tensor, dense: Tensor) -> None:
+        if self._places is not None:
+            dense.index_copy_(0, self._places, packed)
+        else:
+            update(to_array(dense), self._bits, to_array(packed), torch.get_num_threads())
+
+
+class Masked:
+    """Every weight, those that are pruned as zeros."""
+
+    whole = True
+
+    def __init__(self, bits: Bits, weights: int, device: torch.device) -> None:
+        self.length = weights
+        kept = np.unpackbits(bits, count=weights, bitorder="little").view(np.bool_)
+        self._pruned = torch.from_numpy(~kept).to(device)
+
+    def gather(self, dense: Tensor, out: Tensor) -> None:
+        out.copy_(dense).masked_fill_(self._pruned, 0)  # not a product: zero times infinity is NaN
+
+    def scatter(self, packed: Tensor, dense: Tensor) -> None:
+        dense.copy_(packed)
