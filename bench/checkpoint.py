@@ -6,6 +6,9 @@
 once a round, not once a sparsity. Everything is measured in turns, in a fresh process each, with the weights in place:
 `extra` is the peak of the process's memory over what it had before writing (VmHWM), in chunks of 16 MiB. Ours syncs to
 the disk; the others are timed as they are, and with fsync added. Medians; ratios are those of dense torch.save.
+
+`held up` is what a run waits for while a step is written beside its training: the weights compared and copied, all of
+them here, by a rank alone. A training step (4 layers of 2048 x 2048, batch 64, all cores) is timed alone and meanwhile.
 """
 
 from __future__ import annotations
@@ -15,16 +18,21 @@ import ctypes
 import itertools
 import json
 import os
+import shutil
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
+
+if TYPE_CHECKING:
+    from hpcprune.checkpoint import State
 
 ROOT = Path(__file__).resolve().parent.parent
 LAYERS = 24
@@ -62,9 +70,8 @@ def sync(path: Path) -> None:
     os.close(fd)
 
 
-def ours(folder: Path, weights: int, sparsity: float) -> Times:
-    from hpcprune.checkpoint import LayerState, State, read_model, write_model
-    from hpcprune.checkpoint.verify import verify
+def pruned(weights: int, sparsity: float) -> State:
+    from hpcprune.checkpoint import LayerState, State
 
     rng, state = np.random.default_rng(1), State()
     for number, values in enumerate(layers(weights)):
@@ -75,6 +82,14 @@ def ours(folder: Path, weights: int, sparsity: float) -> Times:
             values *= keep
             mask = np.packbits(keep, bitorder="little")
         state.layers[f"layer{number}.weight"] = LayerState((values.size,), "float32", values, mask)
+    return state
+
+
+def ours(folder: Path, weights: int, sparsity: float) -> Times:
+    from hpcprune.checkpoint import LayerState, State, read_model, write_model
+    from hpcprune.checkpoint.verify import verify
+
+    state = pruned(weights, sparsity)
     path = folder / "model.h5"
     tiny = LayerState((64,), "float32", np.ones(64, np.float32), np.full(8, 3, np.uint8))
     write_model(path, State(layers={"warm": tiny}))
@@ -138,7 +153,56 @@ def safetensors(folder: Path, weights: int, sparsity: float) -> Times:
     }
 
 
-CONTENDERS = {"ours": ours, "torch": torch_save, "safetensors": safetensors}
+class Two:
+    """Two ranks that are one: the other one says the same."""
+
+    rank, size = 0, 2
+
+    def allgather(self, value: Any, what: str) -> list[Any]:
+        return [value, value]
+
+
+def seconds(action: Callable[[], Any]) -> float:
+    start = time.perf_counter()
+    action()
+    return time.perf_counter() - start
+
+
+def held(folder: Path, weights: int, sparsity: float) -> Times:
+    import torch
+
+    from hpcprune.agreement import agree_on_weights
+    from hpcprune.checkpoint import BackgroundWriter
+    from hpcprune.shards import Layer, deal
+    from hpcprune.world import World
+
+    state = pruned(weights, sparsity)
+    spans = deal([Layer(name, layer.shape, layer.dtype) for name, layer in state.layers.items()], 1)
+    model = torch.nn.Sequential(*(torch.nn.Linear(2048, 2048) for _ in range(4)))
+    optimizer, batch = torch.optim.SGD(model.parameters(), 1e-3, 0.9), torch.randn(64, 2048)
+
+    def step() -> None:
+        optimizer.zero_grad()
+        model(batch).square().mean().backward()
+        optimizer.step()
+
+    writer = BackgroundWriter(folder / "steps", spans, World.alone(), 1)
+    writer.begin(0, state)
+    writer.finish()  # what is written next has a step to replace, as in a run
+    compare = seconds(lambda: agree_on_weights(state, Two(), ""))  # type: ignore[arg-type]
+    alone = [seconds(step) for _ in range(30)][10:]
+    copy, meanwhile = seconds(lambda: writer.begin(1, state)), []
+    for _ in range(2):
+        while not writer.done:
+            meanwhile.append(seconds(step))
+        writer.advance()
+    write = seconds(lambda: writer.begin(2, state)) + seconds(writer.finish)
+    shutil.rmtree(folder / "steps")
+    times = {"compare": compare, "copy": copy, "write": write, "beside": sum(meanwhile), "steps": len(meanwhile)}
+    return {**times, "alone": statistics.median(alone), "meanwhile": statistics.median(meanwhile)}
+
+
+CONTENDERS = {"ours": ours, "torch": torch_save, "safetensors": safetensors, "held": held}
 
 
 def measure(name: str, sparsity: float, weights: int, folder: Path) -> Times:
@@ -169,13 +233,19 @@ def start_up(folder: Path) -> None:
     write_model(path, State({"seed": 1}, {"w": LayerState((9,), "float32", np.ones(9, np.float32))}))
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     for words in (["check", str(path)], ["show", str(path)], ["diff", str(path), str(path)]):
-        seconds = []
-        for _ in range(7):
-            start = time.perf_counter()
-            command = [sys.executable, "-m", "hpcprune", *words]
-            subprocess.run(command, check=True, capture_output=True, env=environment)
-            seconds.append(time.perf_counter() - start)
-        print(f"hpcprune {words[0]:<5} {statistics.median(seconds):.2f} s")
+        command = [sys.executable, "-m", "hpcprune", *words]
+        run = partial(subprocess.run, command, check=True, capture_output=True, env=environment)
+        print(f"hpcprune {words[0]:<5} {statistics.median(seconds(run) for _ in range(7)):.2f} s")
+
+
+def print_held(turns: list[Times]) -> None:
+    row = {key: statistics.median(times[key] for times in turns) for key in turns[0]}
+    share = (row["compare"] + row["copy"]) / (row["compare"] + row["write"])
+    print(
+        f"held up at 90%: weights compared {row['compare']:.3f} s, copied {row['copy']:.3f} s: {share:.2f} of the whole"
+    )
+    print(f"a training step: {row['alone'] * 1e3:.1f} ms alone, {row['meanwhile'] * 1e3:.1f} ms meanwhile", end="")
+    print(f" ({row['steps']:.0f} steps in {row['beside']:.3f} s; waited for, the write takes {row['write']:.3f} s)\n")
 
 
 def number(text: str) -> int:
@@ -222,6 +292,7 @@ def main() -> None:
                 f"{row['read']:10.3f}{row['read'] / dense['read']:7.2f}{check}  {extra}"
             )
         print()
+        print_held([measure("held", 0.9, options.weights, Path(folder)) for _ in range(options.repeats)])
         start_up(Path(folder))
 
 

@@ -24,7 +24,7 @@ except ImportError as error:
 
 __all__ = ["Compression"]
 
-Context = tuple[Packed, Tensor]  # how a gradient was packed, and the gradient
+Context = tuple[Packed, torch.Size]  # how a gradient was packed, and its shape
 
 
 class Compression(Compressor):  # type: ignore[misc]  # Horovod has no types
@@ -80,18 +80,15 @@ class Compression(Compressor):  # type: ignore[misc]  # Horovod has no types
         packing = self._packings[name]
         packed = tensor.new_empty(packing.length)
         packing.gather(tensor.detach().reshape(-1), packed)
-        return packed, (packing, tensor)
+        return packed, (packing, tensor.shape)
 
-    @torch.no_grad()
     def decompress(self, tensor: Tensor, ctx: Context | None) -> Tensor:
-        """The gradient that `compress` was given, in its own memory: the survivors' sums in it, zeros elsewhere."""
+        """The dense gradient: the sums of its survivors, and zeros elsewhere."""
         if ctx is None:
             return tensor
-        packing, dense = ctx
-        flat = dense.view(-1) if dense.is_contiguous() else dense.new_empty(dense.numel())
-        packing.scatter(tensor, flat.zero_())
-        if not dense.is_contiguous():
-            dense.copy_(flat.view(dense.shape))
+        packing, shape = ctx
+        dense = tensor.new_zeros(shape)
+        packing.scatter(tensor, dense.view(-1))
         return dense
 
     def _find(self, gradient: Tensor) -> nn.Parameter | None:

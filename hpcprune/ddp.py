@@ -10,14 +10,19 @@ What survives of a bucket is kept as one packed mask of the bucket, 1 bit a grad
 
 # No `from __future__ import annotations`: DDP compares a hook's annotations with classes, and that makes them strings.
 
-from collections.abc import Callable
+import atexit
+import time
+from collections.abc import Callable, Sized
 from dataclasses import dataclass
 from typing import Any
+from weakref import WeakSet
 
 import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch._C._distributed_c10d import GradBucket
+from torch.futures import Future
 from torch.nn.parallel import DistributedDataParallel
 
 from hpcprune.errors import HpcpruneError
@@ -26,7 +31,10 @@ from hpcprune.packing import Packed
 
 __all__ = ["ddp_hook"]
 
-Hook = Callable[[dist.ProcessGroup | None, dist.GradBucket], torch.futures.Future[Tensor]]
+LONGEST_RELEASE = 2.0  # seconds that the process waits at its end for callbacks to be released
+RELEASE_OF_TENSORS = 0.05  # seconds that gloo's threads have to release what they were given, which takes microseconds
+
+Hook = Callable[[dist.ProcessGroup | None, GradBucket], Future[Tensor]]
 
 
 def ddp_hook(masks: Masks, model: nn.Module) -> Hook:
@@ -70,24 +78,27 @@ class _Reduction:
     def __init__(self, masks: Masks, model: nn.Module) -> None:
         self._masks = masks
         self._group: dist.ProcessGroup | None = None
-        while isinstance(model, DistributedDataParallel) or hasattr(model, "_orig_mod"):
-            if isinstance(model, DistributedDataParallel):
-                self._group, model = model.process_group, model.module
+        wrapped: Any = model
+        while isinstance(wrapped, DistributedDataParallel) or hasattr(wrapped, "_orig_mod"):
+            if isinstance(wrapped, DistributedDataParallel):
+                self._group, wrapped = wrapped.process_group, wrapped.module
             else:
-                model = model._orig_mod  # what torch.compile wraps
-        parameters = masks.parameters(model)
+                wrapped = wrapped._orig_mod  # torch.compile's wrapper
+        parameters = masks.parameters(wrapped)
         # A tensor's hash is its identity, and a key is kept alive: no other tensor is ever taken for it.
         self._names: dict[Tensor, str] = {
             parameter: name for name, parameter in parameters.items() if masks.survivors[name] < parameter.numel()
         }
         self._buckets: dict[int, _Bucket] = {}
         self._agreed = False
+        self._callbacks: WeakSet[Callable[[Future[Any]], Tensor]] = WeakSet()
+        atexit.register(_wait_for_release, self._callbacks)
 
-    def all_reduce(self, group: dist.ProcessGroup | None, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
+    def all_reduce(self, group: dist.ProcessGroup | None, bucket: GradBucket) -> Future[Tensor]:
         """The hook: start the all-reduce of a bucket; the future is the bucket's averaged gradients."""
         group = group or self._group or dist.group.WORLD
         assert group is not None, "DDP needs a process group, so there is one"
-        buffer = bucket.buffer()
+        buffer: Tensor = bucket.buffer()
         if not self._agreed:
             self._agree(group, buffer.device)
         known = self._known(bucket)
@@ -100,14 +111,16 @@ class _Reduction:
         work = dist.all_reduce(sent, group=group, async_op=True)
         assert work is not None, "this rank is of the group"
 
-        def finish(future: torch.futures.Future[Any]) -> Tensor:
+        def finish(future: Future[Any]) -> Tensor:
             total: Tensor = future.value()[0]
             if packing is None:
                 return total
             packing.scatter(total, buffer.zero_())
             return buffer
 
-        return work.get_future().then(finish)
+        self._callbacks.add(finish)
+        averaged: Future[Tensor] = work.get_future().then(finish)
+        return averaged
 
     def _agree(self, group: dist.ProcessGroup, device: torch.device) -> None:
         own = torch.frombuffer(bytearray.fromhex(self._masks.hash), dtype=torch.uint8).to(device)
@@ -116,7 +129,7 @@ class _Reduction:
         refuse_other_masks([bytes(hash.tolist()).hex() for hash in hashes])
         self._agreed = True
 
-    def _known(self, bucket: dist.GradBucket) -> _Bucket:
+    def _known(self, bucket: GradBucket) -> _Bucket:
         """What is known of a bucket. After the first iteration DDP fills its buckets in another order, once."""
         parameters, index = bucket.parameters(), bucket.index()
         known = self._buckets.get(index)
@@ -126,8 +139,8 @@ class _Reduction:
             known = self._buckets[index] = self._look_at(bucket, parameters)
         return known
 
-    def _look_at(self, bucket: dist.GradBucket, parameters: list[Tensor]) -> _Bucket:
-        buffer = bucket.buffer()
+    def _look_at(self, bucket: GradBucket, parameters: list[Tensor]) -> _Bucket:
+        buffer: Tensor = bucket.buffer()
         names = [self._names[parameter] for parameter in parameters if parameter in self._names]
         if not names:
             return _Bucket(parameters, None, buffer.new_empty(0))
@@ -136,18 +149,32 @@ class _Reduction:
                 f"{names[0]} has a mask and a sparse gradient, whose survivors are in no fixed place; build its "
                 "module with sparse=False, or exclude it from pruning"
             )
-        kept = np.zeros(buffer.numel(), np.bool_)
+        reals = 2 if parameters[0].is_complex() and not buffer.is_complex() else 1  # DDP may lay complex out as pairs
+        kept = np.zeros(buffer.numel() // reals, np.bool_)
         for parameter, gradient in zip(parameters, bucket.gradients(), strict=True):
             start = gradient.storage_offset() - buffer.storage_offset()
             here = kept[start : start + parameter.numel()]
             name = self._names.get(parameter)
             here[:] = True if name is None else _in_memory_order(self._masks[name], parameter).numpy()
-        packing = Packed(np.packbits(kept, bitorder="little"), kept.size, buffer.device)
+        packing = Packed(np.packbits(kept.repeat(reals), bitorder="little"), buffer.numel(), buffer.device)
         return _Bucket(parameters, packing, buffer.new_empty(packing.length))
 
 
 def _in_memory_order(mask: Tensor, parameter: Tensor) -> Tensor:
     """A mask flattened as DDP lays out a parameter's gradient: as the parameter lies in memory, if it has no gaps."""
-    outermost_first = sorted(range(parameter.dim()), key=lambda dimension: -parameter.stride(dimension))
+    strides = parameter.stride()
+    outermost_first = sorted(range(len(strides)), key=lambda dimension: -strides[dimension])
     dense = parameter.permute(outermost_first).is_contiguous()
     return (mask.permute(outermost_first) if dense else mask).reshape(-1)
+
+
+def _wait_for_release(callbacks: Sized) -> None:
+    """Let gloo's threads come to rest before Python ends.
+
+    After the last step of a training they still release the callback, and need Python's lock for it: a process that
+    ends in that instant is aborted, after all its work (as happens with any hook that is written in Python).
+    """
+    end = time.monotonic() + LONGEST_RELEASE
+    while len(callbacks) and time.monotonic() < end:
+        time.sleep(1e-3)
+    time.sleep(RELEASE_OF_TENSORS)

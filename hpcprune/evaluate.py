@@ -9,8 +9,9 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.data import Dataset, default_collate
+from torchmetrics import Metric
 
 from hpcprune.flops import Flops, count_flops
 from hpcprune.task import Task, to_device
@@ -26,11 +27,13 @@ TIMED_RUNS = 25
 def evaluate(task: Task, model: nn.Module, dataset: Dataset[Any], batch_size: int, world: World) -> dict[str, float]:
     """Mean loss, and the task's metrics, over all samples; the same numbers on every rank.
 
-    Metrics synchronise themselves over torch.distributed, whose group must be open when there are several ranks.
+    Collective: metrics are put together over the world, whatever carries the gradients.
     """
     assert isinstance(dataset, Sized)
     device = next(model.parameters()).device
     metrics = {name: metric.to(device) for name, metric in task.metrics().items()}
+    for metric in metrics.values():
+        _gather_over(world, metric)
     low, high = part_of_rank(len(dataset), world)
     loss = 0.0
     model.eval()
@@ -44,6 +47,18 @@ def evaluate(task: Task, model: nn.Module, dataset: Dataset[Any], batch_size: in
     return {"loss": float(total[0]) / len(dataset)} | {
         name: float(metric.compute()) for name, metric in metrics.items()
     }
+
+
+def _gather_over(world: World, metric: Metric) -> None:
+    """Make a torchmetric gather its state over a world instead of torch.distributed's group."""
+
+    def gather(state: Tensor, group: object = None) -> list[Tensor]:
+        host = state.detach().cpu()
+        return [each.to(state.device) for each in world.allgather(host, "evaluate: metrics")]
+
+    for each in metric.modules():  # a wrapper has others within
+        if isinstance(each, Metric):
+            each.dist_sync_fn, each.distributed_available_fn = gather, lambda: world.size > 1
 
 
 @torch.no_grad()

@@ -78,6 +78,8 @@ class Checkpoint(Section):
 
     every_steps: Count | None = None
     """Optimizer steps between checkpoints; null saves at the end of every training and round."""
+    every_minutes: Positive | None = None
+    """Minutes between checkpoints, by the clock of rank 0; may be given beside `every_steps`."""
     keep: Count = 2
     """How many of the newest checkpoints stay."""
 

@@ -65,11 +65,11 @@ class Ledger:
                 return
         self.stages.append({"name": stage, "round": self.round, "seconds": seconds})
 
-    def add_exchange(self, dense: int, sent: int) -> None:
-        """Count one step's exchange: the bytes it would have been without pruning, and the bytes that it was."""
+    def add_exchange(self, **figures: float) -> None:
+        """Add one step's figures to the sums of this round (see report/format.py's RoundExchange)."""
         if not self.exchange or self.exchange[-1]["round"] != self.round:
-            self.exchange.append({"round": self.round, "steps": 0, "bytes_dense": 0, "bytes_sent": 0})
+            self.exchange.append({"round": self.round, "steps": 0, **dict.fromkeys(figures, 0)})
         entry = self.exchange[-1]
         entry["steps"] += 1
-        entry["bytes_dense"] += dense
-        entry["bytes_sent"] += sent
+        for key, figure in figures.items():
+            entry[key] += figure

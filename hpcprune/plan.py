@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
+from torch import Tensor
 
 from hpcprune.job import Job
 from hpcprune.prepare import Prepared
@@ -18,7 +19,9 @@ from hpcprune.world import as_ranges
 __all__ = ["Plan", "make_plan", "print_plan"]
 
 MOMENTS = {"sgd": 1, "adam": 2, "adamw": 2}  # tensors that the optimizer keeps for each weight
-INDEX_BYTES = 8  # of a survivor's place in its layer
+WIRE_BYTES = {"float32": 8, "bfloat16": 2, "float16": 2}  # at most, for each gradient; float32 sends them as they are
+INDEX_BYTES = 8  # of a survivor's place in its layer, where the mask's bits do not do
+FLAG_BYTES = 1  # of a weight's place in a mask that is not packed
 
 
 @dataclass(frozen=True)
@@ -40,16 +43,28 @@ def make_plan(job: Job, prepared: Prepared, ranks: int) -> Plan:
     layers, shards = prepared.layers, deal(prepared.layers, ranks)
     trained = {name: each for name, each in prepared.model.named_parameters() if each.requires_grad}
     prunable = [trained[layer.name] for layer in layers if layer.name in trained]
-    dense = sum(each.nbytes for each in trained.values())
-    weights = sum(each.numel() for each in prunable)
+    weights, packing = sum(each.numel() for each in prunable), job.retrain.packing != "never"
     gone = pruned_count(weights, job.prune.sparsity)
-    sent = dense - round(gone * sum(each.nbytes for each in prunable) / max(1, weights))
+    share = gone / max(1, weights) if packing else 0.0
+    dense, packed = _bytes(trained.values()), _bytes(trained.values()) - round(share * _bytes(prunable))
+    width = WIRE_BYTES[job.retrain.wire]
+    sent = _bytes(trained.values(), width) - round(share * _bytes(prunable, width))
     optimizer = job.retrain.optimizer
     moments = 0 if optimizer.name == "sgd" and not optimizer.momentum else MOMENTS[optimizer.name]
     masks = sum((layer.weights + 7) // 8 for layer in layers)
-    # Dense weights and gradients; packed weights, gradients and moments; the survivors' places; the masks.
-    memory = prepared.dense_bytes + dense + sent * (2 + moments) + (weights - gone) * INDEX_BYTES + masks
+    # Dense weights and gradients; packed weights, gradients and moments, some of them the dense weights; the masks.
+    memory = prepared.dense_bytes + dense + packed * (2 + moments) + masks
+    memory -= dense - _bytes(prunable) if packing else dense
+    if not packing:
+        memory += weights * FLAG_BYTES
+    elif any(each.is_cuda for each in prunable):
+        memory += (weights - gone) * INDEX_BYTES
     return Plan(layers, shards, imbalance(shards), masks, dense, sent, prepared.dense_bytes, memory)
+
+
+def _bytes(tensors: Iterable[Tensor], width: int = 8) -> int:
+    """Bytes of tensors whose elements take `width` bytes at most."""
+    return sum(each.numel() * min(each.element_size(), width) for each in tensors)
 
 
 def print_plan(plan: Plan, console: Console) -> None:

@@ -85,8 +85,7 @@ def _terminal_width() -> int:
     of_mpirun = None
     try:
         if "PMIX_RANK" in os.environ or "OMPI_COMM_WORLD_RANK" in os.environ:
-            # Neither taken as this process's own terminal, nor waited for if it is a pipe that nobody reads.
-            of_mpirun = os.open(f"/proc/{os.getppid()}/fd/1", os.O_WRONLY | os.O_NOCTTY | os.O_NONBLOCK)
+            of_mpirun = os.open(f"/proc/{os.getppid()}/fd/1", os.O_WRONLY | os.O_NOCTTY)
         return os.get_terminal_size(sys.stdout.fileno() if of_mpirun is None else of_mpirun).columns or 80
     except (OSError, AttributeError):  # a notebook's output is no file, and there may be none at all
         return 0

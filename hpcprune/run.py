@@ -9,30 +9,27 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Mapping
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
-from torch import Tensor
-
-from hpcprune.checkpoint import State, newest_step, read_step, write_model, write_step
-from hpcprune.errors import CheckpointError
+from hpcprune.checkpoint import newest_step, read_step, write_model
+from hpcprune.errors import CheckpointError, NumericsError
 from hpcprune.evaluate import evaluate
-from hpcprune.exchange.torch import TorchExchange
+from hpcprune.exchange.choose import open_exchange
 from hpcprune.folder import RunFolder
-from hpcprune.host import versions
 from hpcprune.job import Job
 from hpcprune.ledger import Ledger
 from hpcprune.masks import Masks
+from hpcprune.native.library import describe
 from hpcprune.outcome import build_report, measure_costs, rank_load, weight_histogram
 from hpcprune.prepare import prepare
 from hpcprune.progress import Display
 from hpcprune.pruning import prune_layers
 from hpcprune.report.page import write_html
 from hpcprune.report.write import write_json
+from hpcprune.saving import Saver
 from hpcprune.schedule import sparsity_of_round
-from hpcprune.snapshot import load_buffers, own_buffers, restore_masks, restore_model, snapshot
+from hpcprune.snapshot import restore_masks, restore_model
 from hpcprune.stage import Carried, begin_stage
 from hpcprune.stop import StopFlag
 from hpcprune.train import Step, Trainer, average_batch_norm
@@ -54,9 +51,11 @@ class Run:
         self.prepared = prepare(job, world)
         self.model = self.prepared.model
         world.lead(lambda: folder.open(job, 2 * self.prepared.dense_bytes), "opening the run's folder")
-        self.exchange = TorchExchange(world, next(self.model.parameters()).device)
+        self.exchange, why = open_exchange(job.retrain.exchange, world, self.prepared.device)
+        self._introduce(why)
         self.masks = Masks.full(self.prepared.layers)
         self.ledger = Ledger()
+        self.saver = Saver(job, self.prepared, folder, world)
         self._carried = Carried({}, {}, None)
 
     def go(self) -> None:
@@ -66,15 +65,35 @@ class Run:
             StoppedError: a signal asked for it; a checkpoint is complete.
         """
         self._resume()
+        try:
+            self._do_rounds()
+        except NumericsError:
+            self.saver.finish(self.ledger)  # every rank has met it alike, and what was begun before is good
+            raise
+        self._finish()
+        self.exchange.close()
+
+    def _introduce(self, exchange: str) -> None:
+        """Say what runs on what, and what was chosen on its own."""
+        world, prepared = self.world, self.prepared
+        weights = sum(layer.weights for layer in prepared.layers)
+        total = sum(parameter.numel() for parameter in self.model.parameters())
+        several = "s" if world.size > 1 else ""
+        self.display.say(
+            f"{type(self.model).__name__} of {total:,} parameters, {weights:,} of them prunable in "
+            f"{len(prepared.layers)} layers, on {world.size} rank{several} with {prepared.threads} "
+            f"thread{'s' if prepared.threads > 1 else ''} each"
+        )
+        self.display.say(f"{exchange}; kernels {describe()}")
+
+    # Rounds
+
+    def _do_rounds(self) -> None:
         if not (self.ledger.round > 0 or self.ledger.complete):
             self._dense_round()
         first = self.ledger.round + 1 if self.ledger.complete else max(self.ledger.round, 1)
         for number in range(first, self.job.prune.rounds + 1):
             self._round(number)
-        self._finish()
-        self.exchange.close()
-
-    # Rounds
 
     def _dense_round(self) -> None:
         """Train the dense network, where it is not loaded; evaluate it, and measure what it costs."""
@@ -83,8 +102,7 @@ class Run:
             self._train("train")
         self._evaluate("dense")
         if plan is not None:
-            with self.ledger.timed("checkpoint"):
-                self.world.lead(lambda: write_model(self.folder.dense, self._state()), "writing dense.h5")
+            self._write_model(self.folder.dense)
         self.ledger.dense = {
             "costs": measure_costs(self.prepared, self.masks, self._dense_file),
             "histogram": weight_histogram(self.model, self.masks),
@@ -131,23 +149,25 @@ class Run:
     def _train(self, stage: str) -> None:
         """Do the steps of this round that are left."""
         trainer = self._begin(stage)
-        ledger, plan, checkpoint = self.ledger, trainer.plan, self.job.checkpoint
+        ledger, plan = self.ledger, trainer.plan
         title = f"round {ledger.round}/{self.job.prune.rounds}: {stage}" if ledger.round else stage
         with self.display.stage(title, plan.steps, ledger.step) as progress:
             while ledger.step < plan.steps:
                 sent = self.exchange.bytes_sent
-                step = trainer.step(ledger.step, bool(self.stop))
+                step = trainer.step(ledger.step, bool(self.stop), self.saver.done, self.saver.late)
                 self._count(stage, step, trainer, self.exchange.bytes_sent - sent)
                 if not ledger.order:
                     ledger.order = self.world.bcast(trainer.buckets.order, "the order of backward")
                     self._end(trainer)
                     trainer = self._begin(stage)
                 progress.advance(f"loss {step.loss:.4f}")
-                due = checkpoint.every_steps and ledger.run_step % checkpoint.every_steps == 0
-                if step.stop or (due and ledger.step < plan.steps):
-                    self._save(self._state_of(trainer))
+                if step.written:
+                    self.saver.advance(ledger)
+                if step.stop or (self.saver.due(ledger.run_step, step.due) and ledger.step < plan.steps):
+                    self.saver.begin(self.masks, ledger, self._state_of(trainer))
                 if step.stop:
                     self._stopped(f"{title}, step {ledger.step} of {plan.steps}")
+        self.saver.finish(self.ledger)
         self._end(trainer)
         average_batch_norm(self.model, self.world)
 
@@ -177,7 +197,14 @@ class Run:
         ledger.step += 1
         ledger.run_step += 1
         ledger.add_seconds(stage, step.seconds)
-        ledger.add_exchange(survivors.dense_bytes, sent)
+        ledger.add_exchange(
+            bytes_dense=survivors.dense_bytes,
+            bytes_sent=sent,
+            seconds=step.seconds,
+            waited=step.waited,
+            overlap=step.overlap,
+            samples=trainer.plan.batch,
+        )
         self._log(
             "step",
             stage=stage,
@@ -215,12 +242,14 @@ class Run:
         self.ledger.complete = True
         if not self.ledger.round:  # the dense training's optimizer is not that of the rounds
             self._carried = Carried({}, {}, None)
-        self._save(self._carried)
+        self.saver.begin(self.masks, self.ledger, self._carried)
+        self.saver.finish(self.ledger)
         stop = self.world.allgather(bool(self.stop), "agreeing whether to stop")
         if any(stop):
             self._stopped(f"round {self.ledger.round} of {self.job.prune.rounds} complete")
 
     def _stopped(self, where: str) -> None:
+        self.saver.finish(self.ledger)
         signals = [name for name in self.world.allgather(self.stop.signal, "naming the signal") if name]
         self.exchange.close()
         raise StoppedError(
@@ -254,56 +283,17 @@ class Run:
         if self.world.rank == 0:
             self.folder.open_metrics(self.ledger.metrics_bytes)
 
-    def _save(self, carried: Carried) -> None:
-        """Write a checkpoint of the run as it stands."""
+    def _write_model(self, path: Path) -> str:
+        """Write the network as it stands to a file; its sha256."""
         with self.ledger.timed("checkpoint"):
-            if self.world.rank == 0:
-                self.ledger.metrics_bytes = self.folder.flush_metrics()
-            self.ledger.metrics_bytes = self.world.bcast(self.ledger.metrics_bytes, "checkpoint: metrics")
-            buffers = own_buffers(self.model)
-            average_batch_norm(self.model, self.world)
-            own = {f"buffers/{name}": value for name, value in buffers.items()}
-            own |= {f"exchange/{name}": value for name, value in carried.own.items()}
-            state = self._state({"ledger": self.ledger.as_dict()}, carried.optimizer, own)
-            load_buffers(self.model, buffers)
-            write_step(
-                self.folder.checkpoints,
-                self.ledger.run_step,
-                state,
-                self.prepared.shards,
-                self.world,
-                self.job.checkpoint.keep,
+            return self.world.lead(
+                lambda: write_model(path, self.saver.result(self.masks, self.ledger)), f"writing {path.name}"
             )
-
-    def _state(
-        self,
-        more: Mapping[str, Any] = MappingProxyType({}),
-        optimizer: Mapping[str, Tensor] = MappingProxyType({}),
-        own: Mapping[str, Tensor] = MappingProxyType({}),
-    ) -> State:
-        """The model under its masks and what describes the run; a checkpoint has more than a result."""
-        about = {
-            "job": self.job.to_yaml(),
-            "job_digest": self.job.digest(),
-            "versions": versions(),
-            "seed": self.job.seed,
-            "ranks": self.world.size,
-            "sparsity": self.masks.sparsity,
-            "mask_hash": self.masks.hash,
-            "history": self.ledger.evaluations,
-            **more,
-        }
-        attributes: dict[str, dict[str, str | float]] = {
-            name: {"criterion": self.job.prune.criterion, "threshold": value}
-            for name, value in self.ledger.thresholds.items()
-        }
-        return snapshot(self.model, self.masks, about, attributes, optimizer, own_buffers(self.model), own)
 
     def _finish(self) -> None:
         """Write the result and the report."""
         prepared, ledger = self.prepared, self.ledger
-        with ledger.timed("checkpoint"):
-            sha256 = self.world.lead(lambda: write_model(self.folder.model, self._state()), "writing model.h5")
+        sha256 = self._write_model(self.folder.model)
         loads = rank_load(prepared, ledger, self.world)
 
         def report() -> None:

@@ -17,7 +17,7 @@ from hpcprune.breakeven import packing_pays
 from hpcprune.buckets import Sender
 from hpcprune.exchange import Exchange
 from hpcprune.exchange.topk import TopK
-from hpcprune.exchange.wire import Wire
+from hpcprune.exchange.wire import Wire, wire_dtype
 from hpcprune.job import Job
 from hpcprune.ledger import Ledger
 from hpcprune.masks import Masks
@@ -95,7 +95,7 @@ def _sender(
     if stage == "train":
         return Wire(exchange, None), training
     if retrain.top_k is None:
-        return Wire(exchange, wire_dtype(job)), training
+        return Wire(exchange, wire_dtype(retrain)), training
     sender = TopK(
         exchange,
         survivors,
@@ -110,9 +110,3 @@ def _sender(
     # The velocity is the momentum, and each rank has clipped for itself.
     optimizer = Optimizer(**{**retrain.optimizer.model_dump(), "momentum": 0.0})
     return sender, training.model_copy(update={"optimizer": optimizer, "clip_norm": None})
-
-
-def wire_dtype(job: Job) -> torch.dtype:
-    """The dtype in which gradients travel."""
-    dtype: torch.dtype = getattr(torch, job.retrain.wire)
-    return dtype

@@ -46,7 +46,8 @@ class Step:
 
     loss: the mean over the global batch. seconds: of the whole step; waited: those of them in which this rank waited
     for others. overlap: the share of the exchange that passed while backward still ran. stop: whether any rank is asked
-    to stop. written: whether every rank has written its part of a checkpoint.
+    to stop. written: whether every rank has written its part of a checkpoint. due: whether any rank says that the next
+    one is due.
     """
 
     loss: float
@@ -56,6 +57,7 @@ class Step:
     overlap: float
     stop: bool
     written: bool
+    due: bool
 
 
 def plan_steps(training: Training, samples: int, ranks: int, key: str) -> Plan:
@@ -87,7 +89,7 @@ class Trainer:
         exchange: Exchange,
         name: tuple[int | str, ...],
         sender: Sender | None = None,
-        bucket_bytes: int = 4_000_000,
+        bucket_bytes: int = 2_000_000,
     ) -> None:
         """Begin to train `survivors`, which pack `model`'s weights; `close` when it is over.
 
@@ -107,20 +109,20 @@ class Trainer:
         """Leave the model as a model again."""
         self.buckets.close()
 
-    def step(self, number: int, stop: bool, written: bool = False) -> Step:
-        """Do step `number`. `stop` and `written` are this rank's answers to what the result says of all."""
+    def step(self, number: int, stop: bool, written: bool = False, due: bool = False) -> Step:
+        """Do step `number`. `stop`, `written` and `due` are this rank's answers to what the result says of all."""
         start, waited = time.perf_counter(), self._world.seconds_waited
         seed_all(*self._name, "step", number, self._world.rank)
         what = f"{self._name[1]}: exchange of step {number}"
         self._sender.begin_step(number)
         loss = self._backward(number, what)
         bad = self.buckets.not_finite() or ("" if torch.isfinite(loss) else "the loss")
-        votes = torch.tensor([stop, written, bool(bad)], dtype=loss.dtype, device=self._device)
+        votes = torch.tensor([stop, written, due, bool(bad)], dtype=loss.dtype, device=self._device)
         agreed = torch.cat([loss.reshape(1), votes])
         pending = self._exchange.begin(agreed, what)
         traffic = self.buckets.wait()
         pending.wait()
-        total, stops, writers, spoilt = agreed.tolist()
+        total, stops, writers, dues, spoilt = agreed.tolist()
         if spoilt:
             self._tell_divergence(number, bad, float(loss))
 
@@ -139,6 +141,7 @@ class Trainer:
             traffic.overlap,
             stops > 0,
             writers == self._world.size,
+            dues > 0,
         )
 
     def optimizer_state(self) -> dict[str, Tensor]:

@@ -128,7 +128,7 @@ class Retraining(Training):
     exchange: Literal["auto", "torch", "mpi", "horovod"] = "auto"
     """What carries the gradients: torch.distributed (nccl where CUDA is, else gloo), mpi4py or Horovod; the dense
     training uses it too."""
-    bucket_mb: Positive = 4.0
+    bucket_mb: Positive = 2.0
     """Megabytes of packed gradients that are sent as one; smaller ones start earlier, larger ones cost less each."""
     wire: Literal["float32", "bfloat16", "float16"] = "float32"
     """The dtype in which gradients travel; float32 approximates nothing."""

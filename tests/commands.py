@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Protocol
 
 SERVER = """\
-import json, os, sys
+import json, os, signal, sys, traceback
 import hpcprune.export, hpcprune.report.plots, hpcprune.run
 import torch._dynamo, torchmetrics.classification
 from mpi4py import MPI
@@ -26,6 +26,7 @@ from hpcprune.__main__ import main
 for line in sys.stdin:
     call = json.loads(line)
     if (child := os.fork()) == 0:
+        signal.alarm(120)  # a hang is a failure
         for stream in (1, 2):
             os.dup2(os.open(call["output"][stream - 1], os.O_WRONLY | os.O_TRUNC), stream)
         if call["user"]:
@@ -37,6 +38,8 @@ for line in sys.stdin:
             main()
         except SystemExit as end:
             code = end.code or 0
+        except BaseException:
+            traceback.print_exc()
         finally:
             sys.stdout.flush()
             os._exit(code)
@@ -91,5 +94,5 @@ def server(folder: Path) -> Iterator[Command]:
 def process(*argv: str | Path, **env: str) -> Ended:
     """Run a command in a process of its own."""
     script = Path(sys.executable).with_name("hpcprune")
-    done = subprocess.run([script, *argv], env={**os.environ, **env}, capture_output=True, text=True, timeout=60)
+    done = subprocess.run([script, *argv], env={**os.environ, **env}, capture_output=True, text=True, timeout=120)
     return Ended(done.returncode, done.stdout, done.stderr)

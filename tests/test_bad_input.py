@@ -113,7 +113,7 @@ TASKS = {
         f"        int('one')\n{_DATA}",
         r"Small\.data raised ValueError.*task\.py:25: int\('one'\)\)",
     ),
-    "in Python": (_DATA, f"        os.path.getsize('none')\n{_DATA}", r"task\.py:25: os\.path\.getsize\('none'\)\)"),
+    "in Python": (_DATA, f"        Path('none').read_text()\n{_DATA}", r"task\.py:25: Path\('none'\)\.read_text\(\)\)"),
     "no data": ("return hpcprune.Data", "return dict", r"Small\.data\(\) gave dict; return hpcprune\.Data\(train="),
     "no train": ("train=data", "train=torch.utils.data.Subset(data, [])", r"data\(\)\.train has no samples; check"),
     "no test": ("test=data", "test=torch.utils.data.Subset(data, [])", r"data\(\)\.test has no samples; check"),

@@ -41,45 +41,54 @@ def test_a_full_disk_is_told_at_once(hpcprune: Command, disk: Path, done: Path) 
     )
     assert [path.name for path in disk.iterdir()] == ["filler"]
     (disk / "filler").unlink()
+    (disk / "run").mkdir()
+    (disk / "run" / "job.new").write_text("# dig")  # what a process leaves that dies as it begins
     assert_goes_on(hpcprune, disk / "run", done)
 
 
-_STEP, _MODEL = "checkpoints/step-00000121", "model.h5"
-FILLED: dict[str, tuple[int, list[str] | None, str, str]] = {  # after which step; what still fits; what does not; then
-    "metrics": (30, None, "metrics.jsonl: cannot be written: No space left", "step-00000020 (round 0, step 20)"),
-    "a step": (30, [], "rank-0000.h5: cannot be written: the disk is full", "step-00000020 (round 0, step 20)"),
-    "dense.h5": (60, None, "dense.h5: cannot be written: the disk is full", "step-00000040 (round 0, step 40)"),
-    "model.h5": (120, [_STEP], "model.h5: cannot be written: the disk is full", "step-00000121 (round 1, step 60)"),
-    "page": (120, [_STEP, _MODEL], "report.html: cannot be written .No space", "step-00000121 (round 1, step 60)"),
-    "report": (120, [_STEP, _MODEL, "report.html"], "report.json: cannot be", "step-00000121 (round 1, step 60)"),
+SAYS = r"cannot be written.*(No space left on device|the disk is full).*; (make room|free some space|put that right)"
+FILLED = {  # after which step, how much room is left, what is to be written then and cannot be
+    "metrics": (30, 0, "every_steps=20", "metrics.jsonl"),
+    "a step": (30, 8192, "every_steps=20", "rank-0000.h5"),
+    "dense.h5": (60, 0, "every_steps=null", "dense.h5"),
 }
 
 
-def size(path: Path) -> int:
-    """The bytes that a file, or a folder's files, take on a disk with pages of 4 KB."""
-    files = path.iterdir() if path.is_dir() else [path]
-    return sum(-(-file.stat().st_size // 4096) * 4096 for file in files)
-
-
-@pytest.mark.parametrize("step,fits,says,at", FILLED.values(), ids=FILLED)
+@pytest.mark.parametrize("step,room,when,name", FILLED.values(), ids=FILLED)
 def test_a_disk_that_fills_up_costs_a_run_nothing(
-    hpcprune: Command, disk: Path, done: Path, step: int, fits: list[str] | None, says: str, at: str
+    hpcprune: Command, disk: Path, done: Path, step: int, room: int, when: str, name: str
 ) -> None:
     run, first = disk / "run", "checkpoints/step-00000020"
     run.mkdir()
     shutil.copy(done / "job.yaml", run)
     shutil.copy(done / "metrics.jsonl", run)
     shutil.copytree(done / first, run / first)
-    room = 0 if fits is None else 8192 + sum(size(done / name) for name in fits)  # and 8 KB of metrics
-    command = process if "metrics" in says else hpcprune  # Python writes what is left of metrics.jsonl when it ends
-    ended = command("run", JOB, "--out", run, FILL=f"{disk}/filler:{step - 20}:{room}")
-    ended.assert_refused(rf"{run}/.*{says}.*; (make room|free some space|put that right)")
+    command = process if name == "metrics.jsonl" else hpcprune  # Python writes what is left of it when it ends
+    ended = command("run", JOB, f"checkpoint.{when}", "--out", run, FILL=f"{disk}/filler:{step - 20}:{room}")
+    ended.assert_refused(rf"{run}/.*{name}: {SAYS}")
     for path in (done / first).iterdir():
         assert (run / first / path.name).read_bytes() == path.read_bytes()
     assert hpcprune("check", run).code == 0
     assert not [*run.rglob("*.partial")], "a part of a file was left"
     (disk / "filler").unlink()
-    assert_goes_on(hpcprune, run, done, f"going on from {run}/checkpoints/{at}")
+    assert_goes_on(hpcprune, run, done, f"going on from {run / first} (round 0, step 20)")
+
+
+@pytest.mark.parametrize("written", range(3))
+def test_a_disk_that_fills_up_at_the_end_costs_a_run_nothing(
+    hpcprune: Command, disk: Path, done: Path, written: int
+) -> None:
+    run, results = Path(shutil.copytree(done, disk / "run")), ["model.h5", "report.html", "report.json"]
+    for name in results:
+        (run / name).unlink()
+    pages = sum(-(-(done / name).stat().st_size // 4096) for name in results[:written])
+    fill(disk / "filler", 4096 * (pages + 2))
+    ended = hpcprune("run", JOB, "--out", run)
+    ended.assert_refused(rf"{run}/{results[written]}: {SAYS}")
+    assert [name for name in results if (run / name).exists()] == results[:written]
+    assert hpcprune("check", run).code == 0
+    (disk / "filler").unlink()
+    assert_goes_on(hpcprune, run, done, f"going on from {run}/checkpoints/step-00000121 (round 1, step 60)")
 
 
 # Damaged

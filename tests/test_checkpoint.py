@@ -488,7 +488,7 @@ with tempfile.TemporaryDirectory() as folder:
 
 
 def test_torch_is_not_imported() -> None:
-    modules = ["format", "read", "write", "resume", "steps", "verify", "show", "diff"]
+    modules = ["format", "read", "write", "resume", "background", "verify", "show", "diff"]
     program = "import sys\n" + "".join(f"import hpcprune.checkpoint.{module}\n" for module in modules)
     program += (
         "import json; print(json.dumps([name for name in ('torch', 'mpi4py', 'pydantic') if name in sys.modules]))"

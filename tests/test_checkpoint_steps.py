@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 
 from hpcprune.checkpoint import State, TensorState, newest_step, read_step, write_model, write_step
-from hpcprune.checkpoint.steps import write_shard
+from hpcprune.checkpoint.parts import take_part, write_part
 from hpcprune.errors import CheckpointError
 from hpcprune.shards import Layer, Span, deal
 from hpcprune.world import World
@@ -60,13 +60,12 @@ def write_as(root: Path, step: int, states: list[State], shards: list[list[Span]
     ranks = len(states)
     said: list[object] = [None]
     for rank in range(1, ranks):
-        said.append(write_shard(elsewhere, step, states[rank], shards, Fake(rank, ranks, said)))
+        said.append(write_part(elsewhere, take_part(step, states[rank], shards, rank)))
 
     class First(Fake):
         def allgather(self, value: object, what: str) -> list[object]:
-            partial = next(root.glob(".step-*.partial"))
             for path in elsewhere.iterdir():
-                path.rename(partial / path.name)
+                path.rename(next(root.glob(".step-*.partial")) / path.name)
             return super().allgather(value, what)
 
     folder = write_step(root, step, states[0], shards, First(0, ranks, said), 3)
@@ -104,7 +103,7 @@ def test_a_step_of_any_number_of_ranks_comes_back_whole(tmp_path: Path, ranks: i
 
 @pytest.mark.parametrize("seed", range(20))
 def test_spans_may_begin_and_end_anywhere(tmp_path: Path, seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in ("format", "write", "pieces"):
+    for module in ("format", "portion", "write", "pieces"):
         monkeypatch.setattr(sys.modules[f"hpcprune.checkpoint.{module}"], "CHUNK", 64)
     rng = np.random.default_rng(seed)
     state = State(
@@ -160,9 +159,16 @@ def test_a_folder_without_steps_has_no_newest(tmp_path: Path) -> None:
     assert newest_step(tmp_path / "none") == (None, [])
 
 
-@pytest.mark.parametrize("keep, step, shards", [(0, 1, 1), (1, -1, 1), (1, 1, 2)])
-def test_what_makes_no_step_is_refused(tmp_path: Path, keep: int, step: int, shards: int) -> None:
-    with pytest.raises(CheckpointError, match="keep at least 1 step"):
+@pytest.mark.parametrize(
+    "keep, step, shards, message",
+    [
+        (0, 1, 1, "keep=0, 1 shards for 1 ranks; keep at least 1 step"),
+        (1, 1, 2, "2 shards for 1 ranks; keep at least 1 step, and give one shard a rank"),
+        (1, -1, 1, "step -1: number steps from 0"),
+    ],
+)
+def test_what_makes_no_step_is_refused(tmp_path: Path, keep: int, step: int, shards: int, message: str) -> None:
+    with pytest.raises(CheckpointError, match=message):
         write_step(tmp_path, step, State(), [[]] * shards, World.alone(), keep)
 
 

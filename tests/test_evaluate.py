@@ -66,7 +66,7 @@ def test_an_inference_is_timed_for_each_model_in_turns_without_the_first(samples
     slow, fast = Timed(0.004), Timed(0.001)
     seconds = inference_seconds(Fives(), [slow, fast], Samples(samples))
     assert slow.batches == fast.batches == [batch] * (TIMED_RUNS + 1)
-    assert 0.004 <= seconds[0] * batch < 0.016 and 0.001 <= seconds[1] * batch < seconds[0] * batch
+    assert seconds[0] * batch >= 0.004 and 0.001 <= seconds[1] * batch < seconds[0] * batch
 
 
 class Images(Fives):

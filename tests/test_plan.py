@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import pytest
@@ -20,11 +20,12 @@ from hpcprune.cli import cli
 from hpcprune.job import Job
 from hpcprune.job_file import load_job
 from hpcprune.layers import find_layers
+from hpcprune.optimizer import make_optimizer
+from hpcprune.packing import Masked
 from hpcprune.plan import Plan, make_plan, print_plan
 from hpcprune.prepare import Prepared, prepare
 from hpcprune.shards import Layer, deal, imbalance
 from hpcprune.survivors import Survivors
-from hpcprune.train import make_optimizer
 from hpcprune.world import World
 from tests.conftest import ROOT
 
@@ -148,34 +149,46 @@ def half_frozen() -> nn.Module:
     return model
 
 
+def storages(tensors: Iterable[torch.Tensor | None]) -> int:
+    """Bytes of the memory that tensors lie in; what several share counts once."""
+    held = [tensor.untyped_storage() for tensor in tensors if tensor is not None and tensor.numel() > 1]
+    return sum({storage.data_ptr(): storage.nbytes() for storage in held}.values())
+
+
 @pytest.mark.parametrize("model", [lambda: prepare(resolved(), World.alone()).model, mixed, half_frozen])
 @pytest.mark.parametrize(
     "optimizer", ["{lr: 0.1}", "{lr: 0.1, momentum: 0}", "{name: adam, lr: 0.1}", "{name: adamw, lr: 0.1}"]
 )
-def test_bytes_are_those_that_the_run_sends_and_holds(model: Callable[[], nn.Module], optimizer: str) -> None:
+@pytest.mark.parametrize("packing", ["auto", "never"])
+def test_bytes_are_those_that_the_run_sends_and_holds(
+    model: Callable[[], nn.Module], optimizer: str, packing: str
+) -> None:
     made = model()
-    job = resolved("prune.scope=layer", f"retrain.optimizer={optimizer}")
+    job = resolved("prune.scope=layer", f"retrain.optimizer={optimizer}", f"retrain.packing={packing}")
     plan = planned(made, job)
+    weights = sum(tensor.nbytes for tensor in (*made.parameters(), *made.buffers()))
     masks = hpcprune.prune(made, 0.9, scope="layer", comm=World.alone())
-    survivors = Survivors(made, masks)
-    stepped = make_optimizer(survivors.parameters(), job.retrain.optimizer)
+    survivors = Survivors(made, masks, packing=packing != "never")
+    stepped = make_optimizer(survivors, job.retrain.optimizer)
     stepped.step()
-    moments = [value for state in stepped.state.values() for value in state.values() if isinstance(value, torch.Tensor)]
-    segments = [segment for each in survivors.segments.values() for segment in each]
-    rounded = 4 * len(masks)  # the layers' counts are rounded one by one
+    state = [value for each in stepped.state.values() for value in each.values() if isinstance(value, torch.Tensor)]
+    rounded = 4 * len(masks)  # bytes, since the layers' counts are rounded one by one
+    assert plan.weight_bytes == weights
     assert plan.step_bytes_dense == survivors.dense_bytes
     assert plan.step_bytes == pytest.approx(survivors.packed_bytes, abs=rounded)
     assert plan.mask_bytes == sum(masks.bits(name).nbytes for name in masks)
-    held = [
-        *(tensor.nbytes for tensor in (*made.parameters(), *made.buffers())),
-        survivors.dense_bytes,
-        2 * survivors.packed_bytes,
-        *(moment.nbytes for moment in moments if moment.numel() > 1),
-        *(segment.places.nbytes for segment in segments if segment.places is not None),
-        plan.mask_bytes,
-    ]
-    assert plan.memory_bytes == pytest.approx(sum(held), abs=8 * rounded)
-    assert plan.weight_bytes == sum(tensor.nbytes for tensor in (*made.parameters(), *made.buffers()))
+    held = storages([*made.parameters(), *made.buffers(), *survivors.packed.values(), *survivors.gradients(), *state])
+    flags = sum(segment.parameter.numel() for segment in survivors if isinstance(segment.packing, Masked))
+    counters = sum(buffer.nbytes for buffer in made.buffers() if buffer.numel() == 1)
+    expected = held + survivors.dense_bytes + plan.mask_bytes + flags + counters
+    assert plan.memory_bytes == pytest.approx(expected, abs=8 * rounded)
+
+
+def test_gradients_that_travel_in_16_bits_take_2_bytes() -> None:
+    for model in (nn.Linear(64, 64), mixed(), nn.Linear(64, 64, dtype=torch.float64)):
+        whole, half = (planned(model, resolved(f"retrain.wire={wire}")).step_bytes for wire in ("float32", "bfloat16"))
+        packed = Survivors(model, hpcprune.prune(model, 0.9, comm=World.alone()))
+        assert whole == packed.packed_bytes and half == 2 * len(packed)
 
 
 @pytest.mark.parametrize(("size", "told"), [(432, "0.43 kB"), (99_999, "100.00 kB"), (25_000_000, "25.00 MB")])

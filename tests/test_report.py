@@ -85,6 +85,10 @@ def sample(rounds: int = 5, sparsity: float = 0.95, ranks: int = 2, layers: int 
             "steps": 60,
             "bytes_dense": 60 * 4 * weights,
             "bytes_sent": round(60 * 4 * weights * (1 - sparsity * r / rounds)),
+            "seconds": 12.0,
+            "waited": 1.5,
+            "overlap": 45.0,
+            "samples": 60 * 64,
         }
         for r in range(1, rounds + 1)
     ]
@@ -372,6 +376,14 @@ def test_one_round_one_rank_nothing_pruned(tmp_path: Path) -> None:
     assert "gradients sent a rank" not in {row[0] for row in table(root, "result")}
     assert "1 rank with 1 thread each" in text_of(root)
     assert "Nothing was pruned." in text_of(root)
+
+
+def test_the_exchange_is_shown_by_round_a_step(tmp_path: Path) -> None:
+    report = sample(rounds=2)
+    first = report["exchange"]["by_round"][0]
+    sizes = [as_bytes(first["bytes_dense"] / 60), as_bytes(first["bytes_sent"] / 60)]
+    _, shown, *_ = table(page(report, tmp_path), "exchange")
+    assert shown == ["1", "60", *sizes, "12.50 %", "75.00 %", "320"]
 
 
 def test_a_large_run_stays_readable_and_small(tmp_path: Path) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -10,11 +12,11 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 import hpcprune
-from hpcprune.exchange import Exchange, Pending
+from hpcprune.exchange import Exchange, Gathering, Pending
 from hpcprune.masks import Masks
 from hpcprune.survivors import Survivors
 from hpcprune.train import Trainer, plan_steps
-from hpcprune.training import LrSchedule, Optimizer, Training
+from hpcprune.training import Optimizer, Training
 from hpcprune.world import World
 
 OPTIMIZERS: dict[str, Optimizer] = {
@@ -90,6 +92,14 @@ class _Done:
         pass
 
 
+@dataclass
+class _Gathered:
+    buffer: Tensor
+
+    def wait(self) -> list[Tensor]:
+        return [self.buffer]
+
+
 class OneRank:
     """The exchange of a rank that has nobody to exchange with."""
 
@@ -98,6 +108,9 @@ class OneRank:
 
     def begin(self, buffer: Tensor, what: str) -> Pending:
         return _Done()
+
+    def gather(self, buffer: Tensor, what: str) -> Gathering:
+        return _Gathered(buffer)
 
     def close(self) -> None:
         pass
@@ -112,15 +125,16 @@ def begin(
     steps: int = 12,
     batch_size: int = 12,
     seed: int = 3,
-    lr_schedule: LrSchedule = LrSchedule(),  # noqa: B008  (frozen)
+    more: Mapping[str, Any] = MappingProxyType({}),
     world: World | None = None,
     exchange: Exchange | None = None,
 ) -> Begun:
-    """Begin to train the task's model, or another, as a run does."""
+    """Begin to train the task's model, or another, as a run does. `more`: keys of the training."""
+    torch.set_num_threads(1)  # of which these sizes need no more, whatever else the machine does
     world = world or World.alone()
     model = model or task.model()
     data = Remembering()
-    training = Training(steps=steps, batch_size=batch_size, optimizer=OPTIMIZERS[optimizer], lr_schedule=lr_schedule)
+    training = Training(steps=steps, batch_size=batch_size, optimizer=OPTIMIZERS[optimizer], **more)
     plan = plan_steps(training, len(data), world.size, "retrain")
     name = (seed, "retrain", 1)
     survivors = Survivors(model, masks)

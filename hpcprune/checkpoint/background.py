@@ -1,10 +1,10 @@
 """Writing a step beside other work: the ranks copy, go on, and a thread of each writes what was copied.
 
-A step is written in two phases. First every rank's thread writes its file into a folder with a temporary name. Then rank
-0's thread writes the index, which names every file with its bytes and sha256, gives the folder its name, and removes the
-oldest steps. The threads know nothing of each other and call no MPI: at a boundary of the other work, where all ranks
-know that they are done (a flag on a collective that they do anyway will tell), they `advance` to the next phase
-together. Whatever happens on the way, on any rank, all ranks learn of it alike, and the earlier steps stay.
+A step is written in two phases. First every rank's thread writes its file into a folder with a temporary name. Then
+that of rank 0 writes the index, which names every file with its bytes and sha256, gives the folder its name, and
+removes the oldest steps. The threads know nothing of each other and call no MPI: at a boundary of the other work, where
+all ranks know that they are done (a flag on a collective that they do anyway will tell), they `advance` to the next
+phase together. Whatever happens on the way, on any rank, all ranks learn of it alike, and the earlier steps stay.
 """
 
 from __future__ import annotations

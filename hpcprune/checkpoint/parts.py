@@ -1,4 +1,4 @@
-"""The parts of a step: what each rank writes, and the index; copied first, so that what they were taken from may change.
+"""The parts of a step: what each rank writes, and the index; copied first, so that what they come from may change.
 
 A rank copies only what it writes itself: the survivors of its spans with their masks' bits, its share of the other
 tensors, and its own. So a step costs memory for one copy of the survivors over all ranks together, not for each.

@@ -1,7 +1,7 @@
 """A portion of a layer on its way into a file: the survivors' values, and the mask's bits.
 
-It is looked at where it lies, so that a whole model is written with a chunk of memory, or copied, so that training can go
-on while it is written. Both go through the same generator.
+It is looked at where it lies, so that a whole model is written with a chunk of memory, or copied, so that training can
+go on while it is written. Both go through the same generator.
 """
 
 from __future__ import annotations

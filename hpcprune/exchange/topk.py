@@ -80,7 +80,8 @@ class TopK:
 
     def prepare(self, gradients: Sequence[Tensor]) -> None:
         """Clip this rank's own gradient."""
-        norm = torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(each.float()) for each in gradients]))
+        norms = [torch.linalg.vector_norm(each, dtype=torch.float64) for each in gradients]
+        norm = torch.linalg.vector_norm(torch.stack(norms))
         for gradient in gradients:
             gradient.mul_(torch.clamp(self._limit / (norm + 1e-6), max=1.0).to(gradient.dtype))
 

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch._C._distributed_c10d import TCPStore
 
 from hpcprune.errors import WorldError
-from hpcprune.exchange import Pending
+from hpcprune.exchange import Gathering, Pending
 from hpcprune.world import World
 
 __all__ = ["TorchExchange"]
@@ -38,13 +38,36 @@ class _Work:
             raise WorldError(f"{self.what}: a rank is gone ({str(error).splitlines()[0]})") from error
 
 
+@dataclass(frozen=True)
+class _Parts:
+    work: _Work
+    parts: list[Tensor]
+
+    def wait(self) -> list[Tensor]:
+        self.work.wait()
+        return self.parts
+
+
+@dataclass(frozen=True)
+class _Gathered:
+    work: _Work
+    received: list[Tensor]
+
+    def wait(self) -> list[Tensor]:
+        self.work.wait()
+        return self.received
+
+
 class TorchExchange:
     """All-reduces over a torch.distributed process group that spans a world; there is one group a process."""
+
+    wire_dtypes = frozenset({torch.float32, torch.float64, torch.float16, torch.bfloat16})
 
     def __init__(self, world: World, device: torch.device) -> None:
         """Form the group: collective over the world."""
         self.name = "nccl" if device.type == "cuda" else "gloo"
         self.bytes_sent = 0
+        self.wire_dtypes = WIRE_DTYPES["torch"]
         self._world = world
         one_host = world.local_size == world.size
         if one_host and world.size > 1:
@@ -62,10 +85,17 @@ class TorchExchange:
         dist.init_process_group(self.name, store=store, rank=world.rank, world_size=world.size, timeout=timeout)
 
     def begin(self, buffer: Tensor, what: str) -> Pending:
-        self.bytes_sent += buffer.numel() * buffer.element_size()
+        self.bytes_sent += buffer.nbytes
         work = dist.all_reduce(buffer, async_op=True)
         assert work is not None
         return _Work(work, self._world, what)
+
+    def gather(self, buffer: Tensor, what: str) -> Gathering:
+        self.bytes_sent += buffer.nbytes
+        parts = [torch.empty_like(buffer) for _ in range(self._world.size)]
+        work = dist.all_gather(parts, buffer, async_op=True)
+        assert work is not None
+        return _Parts(_Work(work, self._world, what), parts)
 
     def close(self) -> None:
         with contextlib.suppress(RuntimeError):

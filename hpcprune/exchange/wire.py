@@ -14,8 +14,15 @@ from hpcprune.exchange import Exchange, Pending
 
 if TYPE_CHECKING:
     from hpcprune.buckets import Bucket
+    from hpcprune.training import Retraining
 
-__all__ = ["Wire"]
+__all__ = ["Wire", "wire_dtype"]
+
+
+def wire_dtype(retrain: Retraining) -> torch.dtype:
+    """The dtype in which a job's gradients travel."""
+    dtype: torch.dtype = getattr(torch, retrain.wire)
+    return dtype
 
 
 @dataclass(frozen=True)

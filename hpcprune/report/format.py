@@ -41,10 +41,18 @@ class Costs(TypedDict):
 
 
 class RoundExchange(TypedDict):
+    """A round's steps together. `waited`: of their seconds, those in which this rank waited for others. `overlap`: the
+    sum over steps of the share of the exchange that passed while backward still ran.
+    """
+
     round: int
     steps: int
     bytes_dense: int
     bytes_sent: int
+    seconds: float
+    waited: float
+    overlap: float
+    samples: int
 
 
 class Exchange(TypedDict):

@@ -16,7 +16,7 @@ WRITE = """
 import json, resource, sys
 from pathlib import Path
 import numpy as np
-from hpcprune.checkpoint import LayerState, State, TensorState, newest_step, read_step, write_step
+from hpcprune.checkpoint import BackgroundWriter, TensorState, read_step, write_step
 from hpcprune.errors import CheckpointError
 from hpcprune.shards import Layer, deal
 from hpcprune.world import World
@@ -29,11 +29,27 @@ if what == "fail":
     state.layers["large"] = random_layer((500_000,), "float32", 1.0)
 state.own = {"rank": TensorState(np.array(world.rank), "int64")}
 spans = deal([Layer(name, layer.shape, layer.dtype) for name, layer in state.layers.items()], world.size)
-write = lambda step: write_step(root, step, state, spans, world, 2)
+writer = BackgroundWriter(root, spans, world, 2)
+
+def beside(step):
+    # As a training loop does it: a flag on a sum that it does anyway says when all ranks are done.
+    writer.begin(step, state)
+    for value in state.own.values():
+        value.array[...] = -1  # the loop goes on at once
+    advanced = 0
+    while advanced < 2:
+        if world.allreduce(np.array([writer.done]) * 1.0, "a step's sum")[0] == world.size:
+            writer.advance()
+            advanced += 1
+    state.own = {"rank": TensorState(np.array(world.rank), "int64")}
+
 if what == "write":
-    for step in (1, 2, 3):
-        path = write(step)
-    assert len(read_step(path).own) == world.size
+    write_step(root, 1, state, spans, world, 2)
+    beside(2)
+    if world.rank == 0:
+        assert not list(root.glob(".*"))
+    beside(3)
+    assert len(read_step(root / "step-00000003").own) == world.size
 else:
     if what == "fail" and world.rank == 1:
         resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 15, resource.RLIM_INFINITY))
@@ -42,7 +58,7 @@ else:
     if what == "index" and world.rank == 0:
         state.about["set"] = {1}
     try:
-        write(4)
+        beside(4) if what == "fail" else write_step(root, 4, state, spans, world, 2)
         outcome = "written"
     except CheckpointError as error:
         outcome = str(error)
@@ -78,7 +94,7 @@ def test_ranks_write_one_step_together(tmp_path: Path, mpirun: Launch, script: P
     [
         ("fail", "rank 1: .*rank-0001.h5: cannot be written: the file may not become that large"),
         ("odd", "rank 1: conv.weight: dtype 'float8'"),
-        ("index", "about.set: cannot be stored as JSON"),
+        ("index", "rank 0: about.set: cannot be stored as JSON"),
     ],
 )
 def test_what_one_rank_cannot_write_fails_on_all(

@@ -18,8 +18,8 @@ from hpcprune.world import World
 from tests.conftest import Launch
 from tests.evaluating import Fives, Samples, on_the_whole
 
-SIZES = (3, 50, 61)
-BATCH_SIZES = (1, 7, 100)
+SIZES = (3, 50)
+BATCH_SIZES = (7, 100)
 
 
 def main(folder: Path) -> None:
@@ -40,7 +40,7 @@ def main(folder: Path) -> None:
 @pytest.mark.parametrize("ranks", [1, 2, 3])
 def test_metrics_are_those_of_the_whole_on_every_rank(mpirun: Launch, tmp_path: Path, ranks: int) -> None:
     """Of 50 samples, 3 ranks have unequal parts; of 3, one each; one class is on the last rank alone."""
-    done = mpirun(ranks, __file__, tmp_path)
+    done = mpirun(ranks, __file__, tmp_path, timeout=120)
     assert done.returncode == 0, done.stderr
     found = [pickle.loads((tmp_path / f"{rank}.pickle").read_bytes()) for rank in range(ranks)]
     for size in SIZES:

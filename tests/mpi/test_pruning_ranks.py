@@ -141,7 +141,7 @@ def assert_same(found: Mapping[str, Bools], expected: Mapping[str, Bools], what:
 
 @pytest.mark.parametrize("ranks", [1, 2, 3, 5])
 def test_a_script_prunes_to_the_same_masks_on_any_number_of_ranks(mpirun: Launch, tmp_path: Path, ranks: int) -> None:
-    done = mpirun(ranks, __file__, tmp_path)
+    done = mpirun(ranks, __file__, tmp_path, timeout=120)
     assert done.returncode == 0, done.stderr
     for rank in range(ranks):
         found = pickle.loads((tmp_path / f"{rank}.pickle").read_bytes())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import subprocess
 import time
@@ -92,6 +93,65 @@ def test_a_rank_killed_ends_all_and_the_run_goes_on_bit_for_bit(
     assert_same_weights(read_model(out / "model.h5"), read_model(uninterrupted / "model.h5"))
     lines = (out / "metrics.jsonl").read_text().count('"kind": "step"')
     assert lines == (uninterrupted / "metrics.jsonl").read_text().count('"kind": "step"')
+
+
+def test_a_slow_disk_holds_no_step_up(mpirun: Launch, tmp_path: Path, uninterrupted: Path) -> None:
+    """The checkpoint of step 40 is on the disk at step 60 only, when the next is due: a loop that waited would hang."""
+    out = tmp_path / "run"
+    done = run(mpirun, out, 2, "checkpoint.every_steps=20", TINY_DISK="39:59")
+    assert done.returncode == 0, done.stderr
+    assert_same_weights(read_model(out / "model.h5"), read_model(uninterrupted / "model.h5"))
+
+
+def test_killed_while_a_checkpoint_is_written_the_run_goes_on_from_the_one_before(
+    mpirun: Launch, tmp_path: Path, uninterrupted: Path
+) -> None:
+    out = tmp_path / "run"
+    killed = run(mpirun, out, 2, "checkpoint.every_steps=20", TINY_DISK="39:59", TINY="kill:1:45")
+    assert killed.returncode != 0
+    assert list((out / "checkpoints").glob(".step-00000040.*.partial/.rank-0000.h5.*.partial"))
+    assert newest_step(out / "checkpoints") == (out / "checkpoints/step-00000032", [])
+    resumed = run(mpirun, out)
+    assert resumed.returncode == 0, resumed.stderr
+    assert "step-00000032" in resumed.stdout
+    assert_same_weights(read_model(out / "model.h5"), read_model(uninterrupted / "model.h5"))
+    assert not list((out / "checkpoints").glob(".*"))
+
+
+def test_a_disk_that_fills_up_beside_the_training_ends_it_and_the_run_goes_on_bit_for_bit(
+    mpirun: Launch, tmp_path: Path, uninterrupted: Path
+) -> None:
+    out = tmp_path / "run"
+    full = run(mpirun, out, TINY="full:1:15")
+    assert full.returncode == 2
+    assert full.stderr.count("hpcprune: error") == 1
+    assert re.search(r"rank 1: \S+rank-0001\.h5: cannot be written: the file may not become that large", full.stderr)
+    assert "Traceback" not in full.stderr
+    assert [path.name for path in (out / "checkpoints").iterdir()] == ["step-00000010"]
+    resumed = run(mpirun, out)
+    assert resumed.returncode == 0, resumed.stderr
+    assert_same_weights(read_model(out / "model.h5"), read_model(uninterrupted / "model.h5"))
+
+
+def test_weights_that_differ_between_ranks_are_never_saved(mpirun: Launch, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    spoilt = run(mpirun, out, TINY="spoil:1:15")
+    assert spoilt.returncode == 2
+    assert spoilt.stderr.count("step 20: the ranks' weights differ in 6.bias (rank 1 unlike rank 0); ") == 1
+    assert newest_step(out / "checkpoints") == (out / "checkpoints/step-00000010", [])
+
+
+def test_a_run_that_is_saved_by_the_clock_goes_on_bit_for_bit(
+    mpirun: Launch, tmp_path: Path, uninterrupted: Path
+) -> None:
+    out, clock = tmp_path / "run", ("checkpoint.every_steps=null", "checkpoint.every_minutes=0.003")
+    assert run(mpirun, out, 2, *clock, TINY="kill:0:30", TINY_SLEEP="0.05").returncode != 0
+    path, _ = newest_step(out / "checkpoints")
+    assert path is not None
+    resumed = run(mpirun, out, 2, *clock)
+    assert resumed.returncode == 0, resumed.stderr
+    assert path.name in resumed.stdout
+    assert_same_weights(read_model(out / "model.h5"), read_model(uninterrupted / "model.h5"))
 
 
 @pytest.mark.parametrize("to_ranks", [False, True], ids=["SIGUSR1 to mpirun", "SIGTERM to the ranks"])

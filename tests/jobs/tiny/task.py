@@ -1,9 +1,12 @@
 """A task of a second for the tests: blobs to tell apart, batch norm and dropout, and a rank that misbehaves on demand.
 
-TINY="<what>:<rank>:<step>": at its `step`-th batch, that rank raises an error, kills itself, or hangs.
+TINY="<what>:<rank>:<step>": at its `step`-th batch, that rank raises an error, kills itself, hangs, has no more room on
+its disk, or has a weight that no other rank has. TINY_DISK="<first>:<last>": what is written from the `first` batch on
+is on the disk at the `last` only. FAULT: see faults.py.
 """
 
 import os
+import resource
 import signal
 import time
 
@@ -12,6 +15,11 @@ from torch import nn
 from torch.utils.data import TensorDataset
 
 import hpcprune
+
+if "FAULT" in os.environ:
+    import faults
+
+    faults.install()
 
 
 class Tiny(hpcprune.Classifier):
@@ -30,6 +38,8 @@ class Tiny(hpcprune.Classifier):
         )
 
     def data(self):
+        if "TINY_DISK" in os.environ:
+            self.hold_disk(*map(int, os.environ["TINY_DISK"].split(":")))
         generator = torch.Generator().manual_seed(5)
         centres = 2 * torch.randn(4, 20, generator=generator)
         labels = torch.arange(512) % 4
@@ -49,4 +59,20 @@ class Tiny(hpcprune.Classifier):
                     os.kill(os.getpid(), signal.SIGKILL)
                 if what == "hang":
                     time.sleep(1000)
+                if what == "full":
+                    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, resource.RLIM_INFINITY))
+                if what == "spoil":
+                    model[6].bias.data[0] += 1
         return super().predict(model, batch)
+
+    def hold_disk(self, first, last):
+        fsync = os.fsync
+
+        def held(fd):
+            end = time.monotonic() + 100
+            while first <= self.batches < last:
+                assert time.monotonic() < end, "the training waits for the disk"
+                time.sleep(0.001)
+            fsync(fd)
+
+        os.fsync = held

@@ -1,0 +1,76 @@
+"""Which backend carries the gradients, and why."""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+
+from hpcprune.errors import JobError
+from hpcprune.exchange import Exchange
+from hpcprune.exchange.dtypes import refuse_dtype
+from hpcprune.world import World
+
+__all__ = ["open_exchange"]
+
+
+def open_exchange(name: str, world: World, device: torch.device, wire: torch.dtype) -> tuple[Exchange, str]:
+    """Open a backend, and say in a sentence which and why. Collective.
+
+    Args:
+        name: auto, torch, mpi or horovod, as in a job file. auto is torch, or mpi where torch was built without it.
+        world: the ranks.
+        device: where this rank's gradients are.
+        wire: the dtype in which they are to travel.
+
+    Raises:
+        AgreedError: of a JobError: on some rank the backend cannot be used, or it does not sum that dtype.
+    """
+    backend = world.together(lambda: _usable(name, world, device, wire), "exchange: choosing")
+    exchange = _open(backend, world, device)
+    if name != "auto":
+        why = "as retrain.exchange says"
+    elif backend == "mpi":
+        why = f"since this torch has no torch.distributed for {device.type}"
+    else:
+        why = f"which is torch.distributed's for {device.type}"
+    return exchange, f"gradients are exchanged over {exchange.name}, {why}"
+
+
+def _usable(name: str, world: World, device: torch.device, wire: torch.dtype) -> str:
+    """The backend that is meant, once what it needs was found to be here."""
+    there = dist.is_available() and (device.type != "cuda" or dist.is_nccl_available())
+    backend = name if name != "auto" else "torch" if there else "mpi"
+    if backend == "torch" and not there:
+        raise JobError(
+            f"retrain.exchange: torch: this torch ({torch.__version__}) was built without torch.distributed for "
+            f"{device.type}; write exchange: mpi, or install torch's usual build"
+        )
+    if backend == "mpi" and world.comm is not None:
+        from hpcprune.exchange.mpi import refuse_few_threads
+
+        refuse_few_threads()
+    if backend == "horovod":
+        try:
+            import horovod.torch  # noqa: F401
+        except ImportError as error:
+            raise JobError(
+                f"retrain.exchange: horovod: Horovod cannot be imported ({error}); build it for this environment (sh "
+                "scripts/install-horovod.sh), or write exchange: auto"
+            ) from None
+    refuse_dtype(backend, wire)
+    return backend
+
+
+def _open(backend: str, world: World, device: torch.device) -> Exchange:
+    # Imported here, since each needs a library that need not be there when it is not used.
+    if backend == "mpi":
+        from hpcprune.exchange.mpi import MpiExchange
+
+        return MpiExchange(world)
+    if backend == "horovod":
+        from hpcprune.exchange.horovod import HorovodExchange
+
+        return HorovodExchange(world)
+    from hpcprune.exchange.torch import TorchExchange
+
+    return TorchExchange(world, device)
