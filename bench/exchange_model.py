@@ -11,12 +11,14 @@ follow one another. Of a step, the exchange can hide behind what is left of back
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import os
 import statistics
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +34,8 @@ MB = 1e6
 WEIGHTS, COMPUTE, HIDDEN = 1e9, 0.5, 2 / 3
 RANKS = 16, 64, 256, 1024, 4096
 NETWORKS = {"10 Gbit/s Ethernet": (30e-6, 1.25e9), "200 Gbit/s InfiniBand": (5e-6, 25e9)}  # seconds, bytes a second
-BUCKETS = 2 * MB, 32 * MB
+BUCKETS = 2 * MB, 32 * MB  # retrain.bucket_mb: its default, and one for many ranks
+DENSE_BUCKET = 25 * MB  # DDP's
 
 
 def seconds(ranks: int, size: float, buckets: int, latency: float, bandwidth: float, tree: bool = False) -> float:
@@ -65,23 +68,19 @@ def check(measured: dict[int, Any]) -> None:
 def predict() -> None:
     """Print what the model says of ranks that were not there."""
     for name, (latency, bandwidth) in NETWORKS.items():
-        print(
-            f"\nMODEL, not measured: {WEIGHTS / 1e9:g} B float32 weights, {name}, {latency * 1e6:g} us a message, ",
-            end="",
-        )
-        print(f"{COMPUTE:g} s of computing a step; exchange s (step s), and dense step / it")
-        print(f"{'':28}" + "".join(f"{ranks:>20}" for ranks in RANKS))
+        print(f"\nMODEL, not measured: {WEIGHTS / 1e9:g} B float32 weights, {name}, {latency * 1e6:g} us a message,")
+        print(f"{COMPUTE:g} s of computing a step: step seconds (exchange seconds), dense step / this step")
+        print(f"{'':24}" + "".join(f"{f'{ranks} ranks':>22}" for ranks in RANKS))
         for tree in (False, True):
-            for bucket in BUCKETS:
-                dense = [_exchange(ranks, 1.0, bucket, latency, bandwidth, tree) for ranks in RANKS]
-                for density in (1.0, 0.1, 0.01):
-                    took = [_exchange(ranks, density, bucket, latency, bandwidth, tree) for ranks in RANKS]
-                    row = f"{'tree' if tree else 'ring'}, {bucket / MB:g} MB, {1 - density:.0%}"
-                    cells = [
-                        f"{f'{its:.3f} ({step(its):.2f}) {step(whole) / step(its):.1f}x':>20}"
-                        for its, whole in zip(took, dense, strict=True)
-                    ]
-                    print(f"{row:28}" + "".join(cells))
+            dense = [_exchange(ranks, 1.0, DENSE_BUCKET, latency, bandwidth, tree) for ranks in RANKS]
+            for density, bucket in ((1.0, DENSE_BUCKET), *itertools.product((0.1, 0.01), BUCKETS)):
+                took = [_exchange(ranks, density, bucket, latency, bandwidth, tree) for ranks in RANKS]
+                cells = [
+                    f"{step(its):.2f} ({its:.3f}) {step(whole) / step(its):6.2f}"
+                    for its, whole in zip(took, dense, strict=True)
+                ]
+                row = f"{'tree' if tree else 'ring'}, {1 - density:.0%}, {bucket / MB:g} MB"
+                print(f"{row:24}" + "".join(f"{cell:>22}" for cell in cells))
 
 
 def _exchange(ranks: int, density: float, bucket: float, latency: float, bandwidth: float, tree: bool) -> float:
@@ -92,10 +91,9 @@ def _exchange(ranks: int, density: float, bucket: float, latency: float, bandwid
 def measure(network: str) -> None:
     """On each rank: print, as JSON, the smallest all-reduce's seconds, and each sparsity's bytes, buckets, time."""
     import torch
-    from exchange_rank import Bench, wire_bytes
+    from exchange_rank import BUCKET_MB, Bench, wire_bytes
 
     from hpcprune.survivors import Survivors
-    from hpcprune.training import Retraining
     from hpcprune.world import World
 
     world = World.of()
@@ -103,7 +101,7 @@ def measure(network: str) -> None:
     bench = Bench(network, world)
     one = torch.zeros(1)
 
-    def slowest(action: Any) -> float:
+    def slowest(action: Callable[[], None]) -> float:
         times = []
         for _ in range(REPEATS):
             world.barrier("bench")
@@ -112,12 +110,16 @@ def measure(network: str) -> None:
             times.append(max(world.allgather(time.perf_counter() - start, "bench")))
         return statistics.median(times[1:])
 
-    smallest = slowest(lambda: [bench.exchange.begin(one, "bench").wait() for _ in range(20)]) / 20
+    def smallest() -> None:
+        for _ in range(20):
+            bench.exchange.begin(one, "bench").wait()
+
+    latency = slowest(smallest) / 20
     exchanges = []
     for sparsity in SPARSITIES:
         model = bench.task.model()
         survivors = Survivors(model, bench.masks(sparsity) if sparsity else None)
-        parts = survivors.gradients()[0].split(int(Retraining.model_fields["bucket_mb"].default * MB / 4))
+        parts = survivors.gradients()[0].split(int(BUCKET_MB * MB / 4))
 
         def exchange(parts: Any = parts) -> None:
             for pending in [bench.exchange.begin(part, "bench") for part in parts]:
@@ -128,7 +130,7 @@ def measure(network: str) -> None:
         sent = (wire_bytes(world) - before) / REPEATS
         exchanges.append((survivors.packed_bytes, len(parts), sent, took))
     if world.rank == 0:
-        print(json.dumps({"smallest": smallest, "exchanges": exchanges}))
+        print(json.dumps({"smallest": latency, "exchanges": exchanges}))
 
 
 if __name__ == "__main__":

@@ -40,6 +40,7 @@ Contenders = dict[str, AbstractContextManager["Running"]]  # each is used once
 
 CPU = torch.device("cpu")
 SAMPLES = 8  # of each rank in a step: few, so that the exchange counts
+BUCKET_MB: float = Retraining.model_fields["bucket_mb"].default
 SGD = Optimizer(lr=1e-4, momentum=0.9)
 NETWORKS = {"17M": (16, 1024), "100M": (24, 2048)}  # layers, width
 
@@ -137,7 +138,9 @@ class Bench:
         return self._masks[sparsity]
 
     @contextmanager
-    def ddp(self, hook: Callable[[nn.Module], tuple[Any, Any]] | None = None, **options: Any) -> Iterator[Running]:
+    def ddp(
+        self, hook: Callable[[DistributedDataParallel], tuple[Any, Any]] | None = None, **options: Any
+    ) -> Iterator[Running]:
         """torch's DistributedDataParallel; `hook` makes a state and a communication hook."""
         model = DistributedDataParallel(copy.deepcopy(self._model), **options)
         if hook is not None:
@@ -160,9 +163,12 @@ class Bench:
 
     @contextmanager
     def ours(
-        self, sparsity: float, backend: str = "torch", bucket_mb: float = Retraining.model_fields["bucket_mb"].default,
+        self,
+        sparsity: float,
+        backend: Callable[[World], Exchange] | None = None,
+        bucket_mb: float = BUCKET_MB,
         packing: bool | None = None,
-    ) -> Iterator[Running]:  # fmt: skip
+    ) -> Iterator[Running]:
         """hpcprune's own loop, as a run's retraining does it."""
         model = copy.deepcopy(self._model)
         masks = self.masks(sparsity) if sparsity else None
@@ -172,9 +178,9 @@ class Bench:
         survivors = Survivors(model, masks, packing=packing)
         training = Training(steps=10**6, batch_size=SAMPLES, batch_per="rank", optimizer=SGD)
         plan = Plan(SAMPLES * self.world.size, 1024 // (SAMPLES * self.world.size), 10**6)
-        name, size = (0, "retrain", 1), int(bucket_mb * 1e6)
+        name, bucket = (0, "retrain", 1), int(bucket_mb * 1e6)
         trainer = Trainer(
-            self.task, model, survivors, self._data, training, plan, self.world, exchange, name, bucket_bytes=size
+            self.task, model, survivors, self._data, training, plan, self.world, exchange, name, bucket_bytes=bucket
         )
         number = iter(range(10**6))
 
@@ -186,7 +192,7 @@ class Bench:
         if exchange is not self.exchange:
             exchange.close()
 
-    def _own_hook(self, model: nn.Module) -> tuple[Any, Any]:
+    def _own_hook(self, model: DistributedDataParallel) -> tuple[Any, Any]:
         masks = self.masks(0.9)
         masks.apply(model.module)
         return None, hpcprune.ddp_hook(masks, model)
@@ -227,7 +233,7 @@ class Bench:
             into[name] = Measured(earlier + slowest, sent, state, overlap)
 
 
-def _power_sgd(_: nn.Module) -> tuple[Any, Any]:
+def _power_sgd(_: DistributedDataParallel) -> tuple[Any, Any]:
     """Rank 1 and from the second step on, the least and the soonest that it can do.
 
     It needs all gradients in one bucket with gloo: it begins all-reduces in gloo's threads, which with several buckets

@@ -23,12 +23,11 @@ from pathlib import Path
 
 import numpy as np
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from hpcprune.checkpoint import State, read_model
 from hpcprune.errors import CheckpointError
-from tests.conftest import launch_command, launch_environment
+from tests.conftest import ROOT, launch_command, launch_environment
 
 JOB = ROOT / "tests/jobs/tiny/job.yaml"
 TIMEOUT = 120.0
@@ -75,8 +74,7 @@ def alive(out: Path) -> bool:
 def same(one: State, other: State) -> bool:
     """Whether two results hold the same masks and weights, bit for bit."""
     return one.layers.keys() == other.layers.keys() and all(
-        np.array_equal(a.values, other.layers[name].values)
-        and np.array_equal(a.mask, other.layers[name].mask)  # type: ignore[arg-type]
+        np.array_equal(a.values, other.layers[name].values) and np.array_equal(a.mask, other.layers[name].mask)  # type: ignore[arg-type]
         for name, a in one.layers.items()
     )
 

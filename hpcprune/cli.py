@@ -78,13 +78,15 @@ def plan(job: Path, overrides: tuple[str, ...], ranks: int) -> None:
     from rich.console import Console
 
     from hpcprune.job_file import load_job
-    from hpcprune.plan import make_plan, print_plan
-    from hpcprune.prepare import prepare
     from hpcprune.world import World
 
     world = World.alone()
     with world.guard():
         loaded = load_job(job, overrides)
+
+        from hpcprune.plan import make_plan, print_plan
+        from hpcprune.prepare import prepare
+
         print_plan(make_plan(loaded, prepare(loaded, world), ranks), Console())
 
 

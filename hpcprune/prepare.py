@@ -12,8 +12,6 @@ import torch
 from torch import nn
 
 from hpcprune.errors import NumericsError
-from hpcprune.exchange.choose import check_exchange
-from hpcprune.exchange.wire import wire_dtype
 from hpcprune.job import Job
 from hpcprune.layers import find_layers
 from hpcprune.seeds import seed_all
@@ -63,7 +61,6 @@ def prepare(job: Job, world: World) -> Prepared:
 
 
 def _prepare(job: Job, world: World, threads: int, place: int) -> Prepared:
-    check_exchange(job.retrain.exchange, wire_dtype(job.retrain))
     task = load_task(job.task, job.folder)
     seed_all(job.seed, "model")
     model = build_model(task)

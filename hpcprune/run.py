@@ -12,10 +12,13 @@ import time
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from hpcprune.checkpoint import newest_step, read_step, write_model
 from hpcprune.errors import CheckpointError, NumericsError
 from hpcprune.evaluate import evaluate
 from hpcprune.exchange.choose import open_exchange
+from hpcprune.exchange.wire import wire_dtype
 from hpcprune.folder import RunFolder
 from hpcprune.job import Job
 from hpcprune.ledger import Ledger
@@ -50,8 +53,9 @@ class Run:
         self.job, self.world, self.display, self.stop, self.folder = job, world, display, stop, folder
         self.prepared = prepare(job, world)
         self.model = self.prepared.model
+        wire = wire_dtype(job.retrain) or torch.float32
+        self.exchange, why = open_exchange(job.retrain.exchange, world, self.prepared.device, wire)
         world.lead(lambda: folder.open(job, 2 * self.prepared.dense_bytes), "opening the run's folder")
-        self.exchange, why = open_exchange(job.retrain.exchange, world, self.prepared.device)
         self._introduce(why)
         self.masks = Masks.full(self.prepared.layers)
         self.ledger = Ledger()

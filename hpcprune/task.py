@@ -121,11 +121,10 @@ def load_task(task: str, folder: Path) -> Task:
     """
     source, _, wanted = task.partition(":")
     module = _run_file(folder / source) if source.endswith(".py") else _import(source, folder)
-    found = {
-        name: value
-        for name, value in vars(module).items()
-        if inspect.isclass(value) and issubclass(value, Task) and value.__module__ == module.__name__
-    }
+    tasks = {name: value for name, value in vars(module).items() if inspect.isclass(value) and issubclass(value, Task)}
+    # A task may be named that the file has from elsewhere; one that is not named is the file's own, and no base of it.
+    own = {name: value for name, value in tasks.items() if value.__module__ == module.__name__}
+    found = tasks if wanted in tasks else {n: v for n, v in own.items() if not inspect.isabstract(v)} or own
     if not wanted and len(found) == 1:
         wanted = next(iter(found))
     if wanted not in found:

@@ -134,7 +134,7 @@ class Retraining(Training):
     """The dtype in which gradients travel; float32 approximates nothing."""
     packing: Literal["auto", "always", "never"] = "auto"
     """Whether the survivors' gradients are packed, or all gradients travel; auto measures it at the start of a round
-    where more than a quarter of the weights survive, and packs below."""
+    where more than an eighth of the weights survive, and packs below."""
     top_k: TopK | None = None
     """Where given, only the largest of the survivors' gradients travel; needs sgd without nesterov."""
 

@@ -40,6 +40,7 @@ Array = npt.NDArray[Any]
 ANNOUNCE_TAG = 30533  # "I have arrived at this collective" and "I have failed"; user code is unlikely to use this tag
 FAILED = -1  # what a rank announces in place of a collective's serial number
 FIRST_TRIES = 2000  # polls before the wait begins to sleep
+FEWEST_TRIES = 20  # to hear of other ranks' failures, however slow this rank is at the moment
 LONGEST_SLEEP = 1e-3  # seconds between polls of a long wait
 SETTLE = 0.5  # seconds that failing ranks take to learn of each other's failures
 SLICE = 1 << 28  # bytes that one gather moves at most, since MPI counts in 32 bits
@@ -316,10 +317,11 @@ class World:
         return all(rank > self.rank for rank in self._failed)
 
     def _listen_for(self, seconds: float) -> None:
-        end = time.monotonic() + seconds
-        while time.monotonic() < end:
+        end, tries = time.monotonic() + seconds, 0
+        while time.monotonic() < end or tries < FEWEST_TRIES:
             self._listen()
             time.sleep(LONGEST_SLEEP)
+            tries += 1
 
 
 def part_of_rank(count: int, world: World) -> tuple[int, int]:

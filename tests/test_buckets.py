@@ -112,9 +112,9 @@ def test_buckets_begin_in_the_vectors_order_whatever_order_backward_takes() -> N
 def test_buckets_are_as_large_as_asked_and_cut_between_parameters() -> None:
     _, survivors, _, small = setting(1)
     assert len(small._buckets) == len(list(survivors))
-    _, _, sender, one = setting(10**9)
+    _, _, _, one = setting(10**9)
     assert len(one._buckets) == 1
-    model, survivors, sender, buckets = setting(300)
+    model, survivors, _, buckets = setting(300)
     buckets.backward(loss_of(model), "test", add=False, send=True)
     sizes = [4 * (bucket.stop - bucket.start) for bucket in buckets._buckets]
     assert sum(sizes) == survivors.packed_bytes and all(size >= 300 for size in sizes[:-1])

@@ -262,7 +262,13 @@ def failing_at(moment: int, monkeypatch: pytest.MonkeyPatch) -> Callable[[], boo
     return lambda: count >= moment
 
 
-def test_a_disk_that_is_full_from_any_moment_on_costs_no_step(tmp_path: Path) -> None:
+@pytest.fixture
+def fast(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing waits for the disk, for tests that write some hundred steps and never lose the machine's memory."""
+    monkeypatch.setattr(os, "fsync", lambda fd: None)
+
+
+def test_a_disk_that_is_full_from_any_moment_on_costs_no_step(tmp_path: Path, fast: None) -> None:
     moment, failed = 0, True
     while failed:
         moment += 1
@@ -302,7 +308,7 @@ def beside_work(root: Path, number: int, state: State) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:This process:DeprecationWarning")
-def test_killed_at_any_moment_beside_other_work_a_complete_step_is_left(tmp_path: Path) -> None:
+def test_killed_at_any_moment_beside_other_work_a_complete_step_is_left(tmp_path: Path, fast: None) -> None:
     ended = False
     moment = 0
     while not ended:

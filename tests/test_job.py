@@ -237,7 +237,8 @@ VALUES = [
     (
         "train",
         "3",
-        "3 is not a section (keys: epochs, steps, batch_size, batch_per, optimizer, lr_schedule, accumulate, clip_norm, autocast)",
+        "3 is not a section (keys: epochs, steps, batch_size, batch_per, optimizer, lr_schedule, accumulate, "
+        "clip_norm, autocast)",
     ),
     ("retrain.epochs", "-1", "-1 is not a number of at least 0, or null"),
     ("retrain.batch_size", "0", "0 is not a whole number of at least 1"),
@@ -256,6 +257,7 @@ VALUES = [
     ("evaluate.batch_size", "0", "0 is not a whole number of at least 1"),
     ("checkpoint.keep", "0", "0 is not a whole number of at least 1"),
     ("checkpoint.every_steps", "0", "0 is not a whole number of at least 1, or null"),
+    ("checkpoint.every_minutes", "0", "0 is not a number above 0, or null"),
     ("world.timeout", "0", "0 is not a number above 0"),
     ("world.timeout", ".inf", "Infinity is not a number above 0"),
     (

@@ -25,27 +25,26 @@ def open_exchange(name: str, world: World, device: torch.device, wire: torch.dty
     Raises:
         AgreedError: of a JobError: on some rank the backend cannot be used, or it does not sum that dtype.
     """
-    backend = world.together(lambda: _usable(name, world, device, wire), "exchange: choosing")
+    backend = world.together(lambda: _usable(name, wire), "exchange: choosing")
     exchange = _open(backend, world, device)
     if name != "auto":
         why = "as retrain.exchange says"
     elif backend == "mpi":
-        why = f"since this torch has no torch.distributed for {device.type}"
+        why = "since this torch was built without torch.distributed"
     else:
-        why = f"which is torch.distributed's for {device.type}"
+        why = f"torch's own for {device.type}"
     return exchange, f"gradients are exchanged over {exchange.name}, {why}"
 
 
-def _usable(name: str, world: World, device: torch.device, wire: torch.dtype) -> str:
-    """The backend that is meant, once what it needs was found to be here."""
-    there = dist.is_available() and (device.type != "cuda" or dist.is_nccl_available())
-    backend = name if name != "auto" else "torch" if there else "mpi"
-    if backend == "torch" and not there:
+def _usable(name: str, wire: torch.dtype) -> str:
+    """The backend that `name` means, once what it needs was found to be here and `wire` to be among what it sums."""
+    backend = name if name != "auto" else "torch" if dist.is_available() else "mpi"
+    if backend == "torch" and not dist.is_available():
         raise JobError(
-            f"retrain.exchange: torch: this torch ({torch.__version__}) was built without torch.distributed for "
-            f"{device.type}; write exchange: mpi, or install torch's usual build"
+            f"retrain.exchange: torch: this torch ({torch.__version__}) was built without torch.distributed; write "
+            "exchange: mpi, or install torch's usual build"
         )
-    if backend == "mpi" and world.comm is not None:
+    if backend == "mpi":
         from hpcprune.exchange.mpi import refuse_few_threads
 
         refuse_few_threads()
@@ -54,8 +53,8 @@ def _usable(name: str, world: World, device: torch.device, wire: torch.dtype) ->
             import horovod.torch  # noqa: F401
         except ImportError as error:
             raise JobError(
-                f"retrain.exchange: horovod: Horovod cannot be imported ({error}); build it for this environment (sh "
-                "scripts/install-horovod.sh), or write exchange: auto"
+                f"retrain.exchange: horovod: Horovod cannot be imported ({error}); build it for this environment: sh "
+                "scripts/install-horovod.sh, or write exchange: auto"
             ) from None
     refuse_dtype(backend, wire)
     return backend

@@ -17,7 +17,7 @@ class HostCopy:
         if buffer.device.type == "cuda":
             self._host = torch.empty_like(self._host, device="cpu", pin_memory=True)
             self._host.copy_(self._buffer, non_blocking=True)
-            self._copied = torch.cuda.Event()
+            self._copied = torch.cuda.Event()  # type: ignore[no-untyped-call]
             self._copied.record(torch.cuda.current_stream(buffer.device))
 
     def ready(self) -> Tensor:

@@ -19,6 +19,7 @@ from torch._C._distributed_c10d import TCPStore
 
 from hpcprune.errors import WorldError
 from hpcprune.exchange import Gathering, Pending
+from hpcprune.exchange.dtypes import WIRE_DTYPES
 from hpcprune.world import World
 
 __all__ = ["TorchExchange"]
@@ -39,7 +40,7 @@ class _Work:
 
 
 @dataclass(frozen=True)
-class _Parts:
+class _Gathered:
     work: _Work
     parts: list[Tensor]
 
@@ -48,20 +49,8 @@ class _Parts:
         return self.parts
 
 
-@dataclass(frozen=True)
-class _Gathered:
-    work: _Work
-    received: list[Tensor]
-
-    def wait(self) -> list[Tensor]:
-        self.work.wait()
-        return self.received
-
-
 class TorchExchange:
     """All-reduces over a torch.distributed process group that spans a world; there is one group a process."""
-
-    wire_dtypes = frozenset({torch.float32, torch.float64, torch.float16, torch.bfloat16})
 
     def __init__(self, world: World, device: torch.device) -> None:
         """Form the group: collective over the world."""
@@ -95,7 +84,7 @@ class TorchExchange:
         parts = [torch.empty_like(buffer) for _ in range(self._world.size)]
         work = dist.all_gather(parts, buffer, async_op=True)
         assert work is not None
-        return _Parts(_Work(work, self._world, what), parts)
+        return _Gathered(_Work(work, self._world, what), parts)
 
     def close(self) -> None:
         with contextlib.suppress(RuntimeError):

@@ -19,10 +19,10 @@ if TYPE_CHECKING:
 __all__ = ["Wire", "wire_dtype"]
 
 
-def wire_dtype(retrain: Retraining) -> torch.dtype:
-    """The dtype in which a job's gradients travel."""
+def wire_dtype(retrain: Retraining) -> torch.dtype | None:
+    """The dtype to which a job's gradients are cut down to travel; None if they travel as they are."""
     dtype: torch.dtype = getattr(torch, retrain.wire)
-    return dtype
+    return dtype if dtype.itemsize < torch.float32.itemsize else None
 
 
 @dataclass(frozen=True)

@@ -43,7 +43,7 @@ def test_a_mistake_is_told_once(mpirun: Launch, job: Path, argument: str, says: 
     weights["0.weight"][3, 2] = torch.nan
     torch.save({**weights, "2.bias": torch.ones(2)}, job.with_name("w.pt"))
     out = [] if "out=" in argument else ["--out", job.parent / "run"]
-    assert_told_once(mpirun(2, "hpcprune", "run", job, *out, argument), says)
+    assert_told_once(mpirun(2, "hpcprune", "run", job, *out, argument, timeout=120), says)
     assert not (job.parent / "run").exists()
 
 
@@ -64,7 +64,7 @@ TASKS = {
 @pytest.mark.parametrize("old,new,says", TASKS.values(), ids=TASKS)
 def test_a_mistake_in_the_task_is_told_once(mpirun: Launch, job: Path, old: str, new: str, says: str) -> None:
     job.with_name("task.py").write_text(TASK.replace(old, new, 1))
-    assert_told_once(mpirun(2, "hpcprune", "run", job, "--out", job.parent / "run"), says)
+    assert_told_once(mpirun(2, "hpcprune", "run", job, "--out", job.parent / "run", timeout=120), says)
     assert not (job.parent / "run").exists()
 
 

@@ -8,7 +8,7 @@ import pytest
 
 from tests.conftest import Launch
 
-SCRIPT = '''
+SCRIPT = """
 import numpy as np, torch
 from torch import nn
 import hpcprune
@@ -69,7 +69,7 @@ with world.guard():
         assert all(torch.equal(value, state[name]) for name, value in again.own_state().items())
         buckets.close()
     exchange.close()
-'''
+"""
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 3])
