@@ -18,6 +18,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import signal
 import statistics
 import sys
 from contextlib import nullcontext
@@ -102,6 +103,7 @@ def main() -> None:
     parser.add_argument("--tune", action="store_true")
     parser.add_argument("--scale", action="store_true")
     given = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("terminated"))  # so that the hosts are removed
     if given.scale:
         scale(given.networks[0])
     elif given.tune:

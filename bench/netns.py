@@ -41,7 +41,7 @@ def mpirun(ranks: int, command: Sequence[str], options: Sequence[str] = ()) -> s
 
 
 class Hosts:
-    """`count` hosts, made on entry and removed on exit."""
+    """`count` hosts, made on entry and removed on exit. There is one set of them on a machine at a time."""
 
     def __init__(self, count: int) -> None:
         self.names = [f"{BRIDGE}{number}" for number in range(1, count + 1)]

@@ -31,7 +31,7 @@ from tests.conftest import Launch
 
 COMM = MPI.COMM_WORLD
 RANK, RANKS = COMM.Get_rank(), COMM.Get_size()
-STEPS, SHORT = 50, 12
+STEPS, SHORT = 50, 6
 Optimizers = Callable[[Iterator[nn.Parameter]], torch.optim.Optimizer]
 OPTIMIZERS: dict[str, Optimizers] = {
     "sgd": lambda parameters: torch.optim.SGD(parameters, lr=0.05, momentum=0.9, weight_decay=0.1),
