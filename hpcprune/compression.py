@@ -17,10 +17,10 @@ try:
     import horovod.torch as hvd
     from horovod.torch.compression import Compressor
 
-    MISSING = ""
+    MISSING = None
 except ImportError as error:
     # Whoever makes a Compression is told; whoever only looks at what hpcprune has need not have Horovod.
-    MISSING, Compressor = str(error), object
+    MISSING, Compressor = error, object
 
 __all__ = ["Compression"]
 
@@ -50,7 +50,7 @@ class Compression(Compressor):  # type: ignore[misc]  # Horovod has no types
             HpcpruneError: Horovod is missing, or a mask is of no parameter of the model, or of another shape.
             WorldError: ranks have different masks.
         """
-        if MISSING:
+        if Compressor is object:
             raise HpcpruneError(
                 f"Horovod cannot be imported ({MISSING}); build it for this environment: sh scripts/install-horovod.sh"
             )

@@ -73,6 +73,9 @@ def begin_stage(
 
 
 def _choose_packing(job: Job, masks: Masks, world: World, exchange: Exchange, device: torch.device) -> tuple[bool, str]:
+    if job.retrain.top_k is not None:
+        # Among how many the largest are chosen changes the result, so it must not hang on a measurement.
+        return True, "survivors are packed, as top_k needs"
     if job.retrain.packing == "always":
         return True, "survivors are packed, as retrain.packing says"
     if job.retrain.packing == "never":

@@ -139,6 +139,12 @@ class Retraining(Training):
     """Where given, only the largest of the survivors' gradients travel; needs sgd without nesterov."""
 
     @pydantic.model_validator(mode="after")
+    def _packed_for_top_k(self) -> Retraining:
+        if self.top_k is not None and self.packing == "never":
+            raise refuse("top_k chooses among packed survivors; write packing: auto, or remove top_k")
+        return self
+
+    @pydantic.model_validator(mode="after")
     def _sgd_for_top_k(self) -> Retraining:
         if self.top_k is not None and (self.optimizer.name != "sgd" or self.optimizer.nesterov):
             name = f"{self.optimizer.name}{' with nesterov' if self.optimizer.nesterov else ''}"

@@ -27,6 +27,8 @@ LAUNCH = {
     "PRTE_ALLOW_RUN_AS_ROOT": "1",
     "PRTE_ALLOW_RUN_AS_ROOT_CONFIRM": "1",
     "OMP_NUM_THREADS": "1",
+    # Ranks that share a core must give it up while they wait.
+    "OMPI_MCA_mpi_yield_when_idle": "1",
 }
 
 

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import threading
+import time
 from collections.abc import Callable, Iterator
 from typing import Any
 from unittest import mock
+from weakref import WeakSet
 
 import numpy as np
 import pytest
@@ -253,3 +256,17 @@ def test_zeros_stay_zero_unless_the_optimizer_had_a_state_before_pruning(kind: t
             for key, value in optimizer.state[model.weight].items():
                 assert value.ndim == 0 or not value[~masks["weight"]].any(), key
         assert model.weight[masks["weight"]].all()
+
+
+def test_a_process_ends_when_the_callbacks_of_its_last_step_are_released() -> None:
+    class Callback:
+        pass
+
+    held = [Callback()]
+    callbacks = WeakSet(held)
+    release = threading.Timer(0.2, held.clear)
+    release.start()
+    start = time.monotonic()
+    module._wait_for_release(callbacks)
+    assert 0.2 <= time.monotonic() - start < module.LONGEST_RELEASE
+    assert not callbacks
