@@ -371,8 +371,8 @@ def test_an_override_cannot_reach_into_what_is_no_section(write: Write) -> None:
         (["retrain.lr_schedule={name: linear, factor: 0.5}"], "factor belongs to step, not to linear"),
         (["retrain.lr_schedule={name: step, at: [0.7, 0.2]}"], "at: [0.7, 0.2] does not rise"),
         (["retrain.lr_schedule={name: step, at: [0.5, 0.5]}"], "at: [0.5, 0.5] does not rise"),
-        (["retrain.top_k={}", "retrain.optimizer.name=adam"], "top_k needs plain sgd, whose momentum it corrects"),
-        (["retrain.top_k={}", "retrain.optimizer.nesterov=true"], "not sgd with nesterov; change optimizer"),
+        (["retrain.top_k={}", "retrain.optimizer.name=adam"], "top_k corrects the momentum of plain sgd, not of adam"),
+        (["retrain.top_k={}", "retrain.optimizer.nesterov=true"], "not of sgd with nesterov"),
         (["retrain.top_k={}", "retrain.packing=never"], "top_k chooses among packed survivors"),
     ],
 )
