@@ -14,8 +14,8 @@ from typing import Any
 
 import torch
 
-from hpcprune.checkpoint import newest_step, read_step, write_model
-from hpcprune.errors import CheckpointError, NumericsError
+from hpcprune.checkpoint import write_model
+from hpcprune.errors import NumericsError
 from hpcprune.evaluate import evaluate
 from hpcprune.exchange.choose import open_exchange
 from hpcprune.exchange.wire import wire_dtype
@@ -30,9 +30,9 @@ from hpcprune.progress import Display
 from hpcprune.pruning import prune_layers
 from hpcprune.report.page import write_html
 from hpcprune.report.write import write_json
+from hpcprune.resuming import resume
 from hpcprune.saving import Saver
 from hpcprune.schedule import sparsity_of_round
-from hpcprune.snapshot import restore_masks, restore_model
 from hpcprune.stage import Carried, begin_stage
 from hpcprune.stop import StopFlag
 from hpcprune.train import Step, Trainer, average_batch_norm
@@ -264,26 +264,9 @@ class Run:
 
     def _resume(self) -> None:
         """Take the newest complete checkpoint, if there is one."""
-
-        def newest() -> tuple[Path | None, list[str]]:
-            return newest_step(self.folder.checkpoints) if self.folder.checkpoints.is_dir() else (None, [])
-
-        path, passed_over = self.world.lead(newest, "looking for checkpoints")
-        for reason in passed_over:
-            self.display.say(f"passed over: {reason}")
-        if path is not None:
-            step = self.world.together(lambda: read_step(path), f"reading {path}")
-            self.ledger = Ledger.read(step.about["ledger"])
-            self.ledger.resumed.append(self.ledger.run_step)
-            self.masks = restore_masks(step, self.masks)
-            if self.masks.hash != step.about["mask_hash"]:
-                raise CheckpointError(
-                    f"{path}: the masks are not those of the run; remove this step to go on before it"
-                )
-            self.masks.agree(self.world)
-            optimizer, own = restore_model(step, self.model, self.world.rank, self.world.size)
-            self._carried = Carried(optimizer, own, self.masks)
-            self.display.say(f"going on from {path} (round {self.ledger.round}, step {self.ledger.step})")
+        found = resume(self.folder.checkpoints, self.model, self.masks, self.world, self.display)
+        if found is not None:
+            self.ledger, self.masks, self._carried = found.ledger, found.masks, found.carried
         if self.world.rank == 0:
             self.folder.open_metrics(self.ledger.metrics_bytes)
 

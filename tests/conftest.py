@@ -31,6 +31,9 @@ LAUNCH = {
     "OMPI_MCA_mpi_yield_when_idle": "1",
 }
 
+# What mpirun says when it could not start itself.
+NOT_STARTED = "The PMIx server's listener thread failed to start"
+
 
 class Launch(Protocol):
     def __call__(
@@ -59,7 +62,10 @@ def mpirun() -> Launch:
         ranks: int, *argv: str | Path, timeout: float = 60, env: Mapping[str, str] | None = None
     ) -> subprocess.CompletedProcess[str]:
         command, environment = launch_command(ranks, *argv), launch_environment(env)
-        return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=timeout)
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=timeout)
+        if NOT_STARTED in done.stderr:  # before any rank was there
+            done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=timeout)
+        return done
 
     return launch
 

@@ -1,7 +1,8 @@
 """The exchange over Horovod, for machines whose MPI or fabric Horovod is set up for.
 
 Horovod has a thread of its own, which looks for new buffers once a cycle and has the ranks agree on those that all of
-them have begun. It finds counterparts by name, not by order.
+them have begun. It finds counterparts by name, not by order. While it waits for other ranks it spins: where backward
+needs all cores, OMPI_MCA_mpi_yield_when_idle=1 makes it let go of its own.
 """
 
 from __future__ import annotations

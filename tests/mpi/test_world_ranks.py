@@ -23,7 +23,7 @@ from hpcprune.errors import JobError
 from hpcprune.world import World, threads_of_a_rank
 from tests.conftest import Launch
 
-TIMEOUT = 2.0  # seconds that the ranks below wait for one that never comes
+TIMEOUT = 5.0  # of collectives, where ranks are missing; less and a busy machine is taken for a missing rank
 OPS = {"sum": MPI.SUM, "max": MPI.MAX, "min": MPI.MIN}
 
 
@@ -161,7 +161,7 @@ def one_never_comes(world: World) -> None:
 
 
 def two_never_come_and_one_is_late(world: World) -> None:
-    time.sleep({0: 0, 1: 60, 2: 0.9 * TIMEOUT, 3: 60}[world.rank])
+    time.sleep({0: 0, 1: 60, 2: 0.85 * TIMEOUT, 3: 60}[world.rank])
 
 
 def nobody_comes_to_the_host(world: World) -> None:
@@ -172,7 +172,7 @@ def nobody_comes_to_the_host(world: World) -> None:
 
 # As regular expressions. Of ranks that fail together, the lowest tells it, or one that was first by a hair.
 FAILED, ERROR = r"hpcprune: failed \(rank {}\):\nTraceback", r"hpcprune: error \(rank ({})\): of rank \1\n"
-WAITED = r"hpcprune: error \(rank [012]\): test: waited 2 s for {}\. Look at what"
+WAITED = r"hpcprune: error \(rank [012]\): test: waited 5 s for {}\. Look at what"
 Case = tuple[Callable[[World], None], int, int | None, str]
 CASES: dict[str, Case] = {
     case[0].__name__: case
@@ -188,7 +188,7 @@ CASES: dict[str, Case] = {
         (one_is_killed, 3, None, ""),
         (one_never_comes, 3, 2, WAITED.format(r"rank 2 \(of 3\)")),
         (two_never_come_and_one_is_late, 4, 2, WAITED.format(r"ranks 1, 3 \(of 4\)")),
-        (nobody_comes_to_the_host, 2, 2, r"finding the ranks of each host: waited 2 s for rank 1 \(of 2\)"),
+        (nobody_comes_to_the_host, 2, 2, r"finding the ranks of each host: waited 5 s for rank 1 \(of 2\)"),
     )
 }
 
