@@ -171,7 +171,7 @@ def seconds(action: Callable[[], Any]) -> float:
 def held(folder: Path, weights: int, sparsity: float) -> Times:
     import torch
 
-    from hpcprune.agreement import agree_on_weights
+    from hpcprune.agreement import check_weights
     from hpcprune.checkpoint import BackgroundWriter
     from hpcprune.shards import Layer, deal
     from hpcprune.world import World
@@ -189,7 +189,7 @@ def held(folder: Path, weights: int, sparsity: float) -> Times:
     writer = BackgroundWriter(folder / "steps", spans, World.alone(), 1)
     writer.begin(0, state)
     writer.finish()  # what is written next has a step to replace, as in a run
-    compare = seconds(lambda: agree_on_weights(state, Two(), ""))  # type: ignore[arg-type]
+    compare = seconds(lambda: check_weights(state, Two(), ""))  # type: ignore[arg-type]
     alone = [seconds(step) for _ in range(30)][10:]
     copy, meanwhile = seconds(lambda: writer.begin(1, state)), []
     for _ in range(2):

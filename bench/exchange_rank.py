@@ -173,15 +173,18 @@ class Bench:
         model = copy.deepcopy(self._model)
         masks = self.masks(sparsity) if sparsity else None
         exchange = backend(self.world) if backend else self.exchange
-        if packing is None:
-            packing = masks is None or packing_pays(masks, exchange, self.world, CPU)[0]
-        survivors = Survivors(model, masks, packing=packing)
         training = Training(steps=10**6, batch_size=SAMPLES, batch_per="rank", optimizer=SGD)
         plan = Plan(SAMPLES * self.world.size, 1024 // (SAMPLES * self.world.size), 10**6)
-        name, bucket = (0, "retrain", 1), int(bucket_mb * 1e6)
-        trainer = Trainer(
-            self.task, model, survivors, self._data, training, plan, self.world, exchange, name, bucket_bytes=bucket
-        )
+
+        def begin(packing: bool) -> Trainer:
+            survivors, name = Survivors(model, masks, packing=packing), (0, "retrain", 1)
+            return Trainer(
+                self.task, model, survivors, self._data, training, plan, self.world, exchange, name, None, bucket_mb
+            )
+
+        if packing is None:
+            packing = masks is None or packing_pays(masks, begin, model, self.world)[0]
+        trainer = begin(packing)
         number = iter(range(10**6))
 
         def state_bytes() -> int:

@@ -2,108 +2,197 @@
 
     python bench/faults.py [--kills 100] [--seed 0] [--ranks 2]
 
-A run of the tests' smallest job is killed with SIGKILL, one rank, all ranks or mpirun, at a random instant while it
-scores, finds the threshold, exchanges masks, in backward, in an all-reduce, in evaluation, while it copies, writes or
-renames a checkpoint, or writes the result; then the same command is run again until it is complete. Counted are runs
-that went on and ended in the weights of a run that nothing disturbed, those that ended in others, and those that did
-not end. How long the ranks lived after the kill is measured as well. The exit status is 0 if all went on right.
+A run of the tests' smallest job is hit by SIGKILL, one rank, all ranks or mpirun, at a random instant while it scores,
+finds the threshold, exchanges masks, in backward, in an all-reduce, in evaluation, while it copies, writes or renames a
+checkpoint, or writes the result; then the same command is run again. Counted are runs that went on from the newest
+complete checkpoint and ended in the weights of a run that nothing disturbed, those that did not go on from it or ended
+in others, and those that did not end well. How long any rank was alive after the kill is measured as well. The exit
+status is 0 if all went on right and no rank outlived a kill by more than 10 s.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
+import math
 import os
 import random
+import signal
 import subprocess
 import sys
 import tempfile
 import time
 from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
-
-import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from hpcprune.checkpoint import State, read_model
+from hpcprune.checkpoint import State, newest_step, read_model
 from hpcprune.errors import CheckpointError
-from tests.conftest import ROOT, launch_command, launch_environment
+from tests.conftest import NOT_STARTED, ROOT, launch_command, launch_environment
+from tests.mpi.test_run import assert_same_weights
 
 JOB = ROOT / "tests/jobs/tiny/job.yaml"
 TIMEOUT = 120.0
-# How often each moment is come to in the job, on the rank that comes to it least: a kill is drawn among these.
-OCCASIONS = {
-    "scoring": 3,
-    "threshold": 2,
-    "masks": 2,
-    "backward": 90,
-    "all-reduce": 90,
-    "evaluation": 5,
-    "copying": 8,
-    "writing": 8,
-    "renaming": 8,
-    "result": 2,
+LONGEST_LIFE = 10.0  # seconds that a rank may live after the kill
+# Each moment of tests/jobs/tiny/faults.py: how often the job comes to it, and about how many milliseconds it takes. A
+# kill is drawn among these; one that is drawn for later than the moment's end falls on its end.
+MOMENTS = {
+    "scoring": (4, 0.05),
+    "threshold": (2, 1.3),
+    "masks": (2, 0.3),
+    "backward": (96, 0.5),
+    "all-reduce": (96, 0.2),
+    "evaluation": (5, 9.0),
+    "copying": (12, 0.6),
+    "writing": (12, 8.0),
+    "renaming": (12, 0.3),
+    "result": (2, 9.0),
 }
 ON_RANK_0 = {"renaming", "result"}
+VICTIMS = {"self": "one rank", "all": "all ranks", "mpirun": "mpirun"}
 
 
-def launch(out: Path, ranks: int, fault: dict[str, str]) -> tuple[int, float]:
-    """Run the job; mpirun's exit status, and how many seconds any rank has outlived mpirun."""
+@dataclass(frozen=True)
+class Fault:
+    """A kill: of whom, how many milliseconds after `rank` has come to a moment for the `count`-th time."""
+
+    moment: str
+    count: int
+    after: float
+    who: str
+    rank: int
+
+    def __str__(self) -> str:
+        return f"{self.moment}:{self.count}:{self.after:.3f}:{self.who}"
+
+    def environment(self, record: Path) -> dict[str, str]:
+        """The fault as the tests' job takes it; when it has killed is in `record` then."""
+        return {"FAULT": str(self), "FAULT_RANK": str(self.rank), "FAULT_RECORD": str(record)}
+
+
+@dataclass(frozen=True)
+class Ended:
+    """How a launch ended: mpirun's status, all that was printed, and how long any rank was alive after the kill.
+
+    `lived` is None where nothing was killed.
+    """
+
+    status: int
+    text: str
+    lived: float | None
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of a run: "right", "wrong", "not resumed", "not killed" or "failed unkilled", and why."""
+
+    fault: Fault
+    kind: str
+    why: str = ""
+    lived: float = 0.0
+
+    @property
+    def killed(self) -> bool:
+        return self.kind in ("right", "wrong", "not resumed")
+
+
+def launch(out: Path, ranks: int, fault: Fault | None = None) -> Ended:
+    """Run the job until neither mpirun nor any rank is left."""
+    ended = _launch(out, ranks, fault)
+    if NOT_STARTED in ended.text:  # before any rank was there
+        ended = _launch(out, ranks, fault)
+    return ended
+
+
+def _launch(out: Path, ranks: int, fault: Fault | None) -> Ended:
     command = launch_command(ranks, "hpcprune", "run", str(JOB), "--out", str(out))
-    done = subprocess.run(
-        command, env=launch_environment(fault), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, timeout=TIMEOUT
-    )
-    start = time.monotonic()
-    while alive(out) and time.monotonic() - start < TIMEOUT:
-        time.sleep(0.05)
-    return done.returncode, time.monotonic() - start
+    record, printed = out.with_suffix(".killed"), out.with_suffix(".txt")
+    record.write_text("")
+    with printed.open("w") as text:
+        environment = launch_environment(fault.environment(record) if fault else {})
+        process = subprocess.Popen(command, env=environment, stdout=text, stderr=subprocess.STDOUT)
+    end, gone = time.monotonic() + TIMEOUT, 0.0
+    while not (gone and process.poll() is not None):
+        time.sleep(0.02)
+        over = process.poll() is not None or record.stat().st_size > 0
+        if over and not gone and not ranks_in(out):
+            gone = time.monotonic()
+        if time.monotonic() > end:
+            end = math.inf
+            process.kill()
+            for pid in ranks_in(out):
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+            with printed.open("a") as text:
+                text.write(f"\nit had to be ended after {TIMEOUT:.0f} s")
+    killed = record.read_text()
+    return Ended(process.returncode, printed.read_text(errors="replace"), gone - float(killed) if killed else None)
 
 
-def alive(out: Path) -> bool:
-    """Whether a rank of the run in `out` is still there."""
+def ranks_in(out: Path) -> list[int]:
+    """The process ids of the ranks whose run is in `out`."""
+    found = []
     for process in Path("/proc").glob("[0-9]*"):
-        try:
+        with contextlib.suppress(OSError):
             words = (process / "cmdline").read_bytes().split(b"\0")
-        except OSError:
-            continue
-        if str(out).encode() in words and b"hpcprune" in words and b"--map-by" not in words:
-            return True
-    return False
+            if str(out).encode() in words and b"hpcprune" in words and b"--map-by" not in words:
+                found.append(int(process.name))
+    return found
 
 
-def same(one: State, other: State) -> bool:
-    """Whether two results hold the same masks and weights, bit for bit."""
-    return one.layers.keys() == other.layers.keys() and all(
-        np.array_equal(a.values, other.layers[name].values) and np.array_equal(a.mask, other.layers[name].mask)  # type: ignore[arg-type]
-        for name, a in one.layers.items()
-    )
-
-
-def draw(chance: random.Random, ranks: int) -> dict[str, str]:
-    """A fault, as the tests' job takes it from its environment."""
-    moment = chance.choice(list(OCCASIONS))
-    count, after = chance.randint(1, OCCASIONS[moment]), chance.uniform(0, 5)
-    who = chance.choices(("self", "all", "mpirun"), (6, 2, 2))[0]
+def draw(chance: random.Random, ranks: int) -> Fault:
+    """A kill at a random instant."""
+    moment = chance.choice(list(MOMENTS))
+    occasions, milliseconds = MOMENTS[moment]
+    who = chance.choices(list(VICTIMS), (6, 2, 2))[0]
     rank = 0 if moment in ON_RANK_0 else chance.randrange(ranks)
-    return {"FAULT": f"{moment}:{count}:{after:.3f}:{who}", "FAULT_RANK": str(rank)}
+    return Fault(moment, chance.randint(1, occasions), chance.uniform(0, milliseconds), who, rank)
 
 
-def try_one(fault: dict[str, str], ranks: int, folder: Path, expected: State) -> tuple[str, float]:
-    """Kill a run and go on: "right", "wrong", "stuck" or "not killed"; and how long the ranks lived after the kill."""
-    out = folder / "run"
+def expected_words(out: Path) -> str:
+    """What the command must say that goes on in `out`; nothing where there is nothing to go on from."""
+    if (out / "report.json").exists():  # the ranks ended the run without mpirun
+        return f"{out} holds this run, complete"
+    newest, _ = newest_step(out / "checkpoints")
+    return f"going on from {newest} (" if newest else ""
+
+
+def try_one(fault: Fault, ranks: int, out: Path, expected: State) -> Outcome:
+    """Kill a run, run the same command again, and compare."""
+    cut = launch(out, ranks, fault)
+    if cut.lived is None:
+        return Outcome(fault, "not killed") if cut.status == 0 else Outcome(fault, "failed unkilled", cut.text)
+    expects = expected_words(out)
+    again = launch(out, ranks)
+    if again.status != 0:
+        return Outcome(fault, "not resumed", again.text, cut.lived)
+    if cut.status == 0:
+        return Outcome(fault, "wrong", "mpirun's exit status was 0 all the same", cut.lived)
+    if expects not in again.text or ("going on from" in again.text) != ("going on from" in expects):
+        return Outcome(fault, "wrong", f"it should have said {expects!r}: {again.text}", cut.lived)
     try:
-        status, lived = launch(out, ranks, fault)
-        if status == 0:
-            return "not killed", lived
-        status, _ = launch(out, ranks, {})
-    except subprocess.TimeoutExpired:
-        return "stuck", TIMEOUT
-    if status != 0:
-        return "stuck", lived
-    try:
-        return ("right" if same(read_model(out / "model.h5"), expected) else "wrong"), lived
-    except CheckpointError:
-        return "wrong", lived
+        assert_same_weights(read_model(out / "model.h5"), expected)
+    except (AssertionError, CheckpointError) as error:
+        return Outcome(fault, "wrong", str(error), cut.lived)
+    return Outcome(fault, "right", "", cut.lived)
+
+
+def try_many(kills: int, seed: int, ranks: int, base: Path) -> Iterator[Outcome]:
+    """What became of runs in `base`, until so many were killed; draws whose moment never came are among them."""
+    chance, killed = random.Random(seed), 0
+    undisturbed = launch(base / "undisturbed", ranks)
+    if undisturbed.status != 0:
+        sys.exit(f"{undisturbed.text}\nthe undisturbed run failed; run it by hand: hpcprune run {JOB}")
+    expected = read_model(base / "undisturbed/model.h5")
+    for number in range(1, 2 * kills + 1):
+        if killed == kills:
+            return
+        outcome = try_one(draw(chance, ranks), ranks, base / str(number), expected)
+        killed += outcome.killed
+        yield outcome
 
 
 def main() -> None:
@@ -113,27 +202,34 @@ def main() -> None:
     parser.add_argument("--ranks", type=int, default=2)
     given = parser.parse_args()
     os.environ.pop("FAULT", None)
-    chance, outcomes, moments = random.Random(given.seed), Counter[str](), Counter[str]()
-    longest, number = 0.0, 0
+    outcomes = []
     with tempfile.TemporaryDirectory() as base:
-        if launch(Path(base, "undisturbed"), given.ranks, {})[0] != 0:
-            sys.exit("the undisturbed run failed; run it by hand: hpcprune run tests/jobs/tiny/job.yaml")
-        expected = read_model(Path(base, "undisturbed", "model.h5"))
-        while sum(outcomes.values()) - outcomes["not killed"] < given.kills:
-            number += 1
-            fault = draw(chance, given.ranks)
-            folder = Path(base, str(number))
-            folder.mkdir()
-            outcome, lived = try_one(fault, given.ranks, folder, expected)
-            outcomes[outcome] += 1
-            if outcome != "not killed":
-                moments[fault["FAULT"].partition(":")[0]] += 1
-                longest = max(longest, lived)
-            print(f"{number:4} {fault['FAULT']:32} rank {fault['FAULT_RANK']}  {outcome}", flush=True)
-    print(f"\nkilled {given.kills} times: " + ", ".join(f"{name} {count}" for name, count in sorted(moments.items())))
-    print(f"resumed right {outcomes['right']}, resumed wrong {outcomes['wrong']}, not resumed {outcomes['stuck']}")
-    print(f"the longest that a rank outlived mpirun: {longest:.1f} s")
-    sys.exit(0 if outcomes["right"] == given.kills else 1)
+        for number, outcome in enumerate(try_many(given.kills, given.seed, given.ranks, Path(base)), 1):
+            outcomes.append(outcome)
+            lived = f"  ranks gone after {outcome.lived:.2f} s" if outcome.killed else ""
+            print(f"{number:4} {outcome.fault!s:32} rank {outcome.fault.rank}  {outcome.kind:11}{lived}", flush=True)
+            if outcome.why:
+                print(outcome.why, flush=True)
+    sys.exit(0 if summarize(outcomes, given.kills) else 1)
+
+
+def summarize(outcomes: list[Outcome], kills: int) -> bool:
+    """Print the counts; whether all went right."""
+    killed = [outcome for outcome in outcomes if outcome.killed]
+    kinds = Counter(outcome.kind for outcome in outcomes)
+    longest = max((outcome.lived for outcome in killed), default=0.0)
+    print(f"\nkilled {len(killed)} times: {_counts([outcome.fault.moment for outcome in killed])}")
+    print(f"killed were {_counts([VICTIMS[outcome.fault.who] for outcome in killed])}")
+    print(f"resumed right {kinds['right']}, resumed wrong {kinds['wrong']}, not resumed {kinds['not resumed']}")
+    print(f"the longest that a rank was alive after the kill: {longest:.2f} s")
+    for kind in ("not killed", "failed unkilled"):
+        if kinds[kind]:
+            print(f"besides, {kind}: {kinds[kind]}")
+    return kinds["right"] == kills and not kinds["failed unkilled"] and longest <= LONGEST_LIFE
+
+
+def _counts(names: list[str]) -> str:
+    return ", ".join(f"{name} {count}" for name, count in sorted(Counter(names).items()))
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from hpcprune.errors import TaskError
 from hpcprune.exchange import Pending
 from hpcprune.survivors import Segment, Survivors
 
@@ -54,7 +55,11 @@ class Sender(Protocol):
         ...
 
     def begin(self, gradient: Tensor, bucket: Bucket, what: str) -> Pending:
-        """Start to sum a bucket's gradient over all ranks, in place."""
+        """Start to sum a bucket's gradient over all ranks, in place. NaN is no error here: other ranks do not know."""
+        ...
+
+    def check_sums(self, gradients: Sequence[Tensor], what: str) -> None:
+        """Raise NumericsError, on all ranks alike, if summing made infinities of gradients that were finite."""
         ...
 
 
@@ -139,6 +144,12 @@ class Buckets:
 
     def _watch(self, segment: Segment) -> Callable[[Tensor], None]:
         def finished(_: Tensor) -> None:
+            if segment.name not in self._bucket_of[segment.name].missing:
+                raise TaskError(
+                    f"{self._what}: {segment.name} got gradients twice in one backward pass, and the first were packed "
+                    "by then: two checkpointed parts of the model share it, or one runs more than once; write "
+                    "torch.utils.checkpoint.checkpoint(..., use_reentrant=False)"
+                )
             self.order.append(segment.name)
             self._take(segment)
 

@@ -183,6 +183,8 @@ class Job(Section):
 
 def _determining(job: Job) -> dict[str, Any]:
     carriage = {"exchange", "bucket_mb", "packing"}
+    if job.retrain.top_k is not None:
+        carriage.remove("bucket_mb")  # what is largest is chosen within a bucket
     others = {"out", "evaluate", "checkpoint", "world"}
     values = job.model_dump(mode="json", exclude={**dict.fromkeys(others, True), "retrain": carriage})
     if job.weights_file is not None:

@@ -13,8 +13,7 @@ import torch
 from torch import Tensor
 
 from hpcprune.masks import Masks
-from hpcprune.packing import Packed
-from hpcprune.survivors import Segment, Survivors
+from hpcprune.survivors import Survivors
 from hpcprune.training import Optimizer
 
 __all__ = ["load_state", "make_optimizer", "named_state"]
@@ -66,16 +65,5 @@ def load_state(
                 continue
             state[key] = torch.zeros_like(packed, requires_grad=False)
             for segment in survivors.segments[dtype]:
-                dense = _dense(named[f"{segment.name}/{key}"], segment, masks)
-                segment.packing.gather(dense, state[key][segment.start : segment.stop])
-
-
-def _dense(value: Tensor, segment: Segment, masks: Masks | None) -> Tensor:
-    """A segment's state with a place for every weight."""
-    weights, device = segment.parameter.numel(), segment.parameter.device
-    if value.numel() == weights:
-        return value.to(device)
-    assert masks is not None, "only what is pruned has fewer values than weights"
-    dense = torch.zeros(weights, dtype=value.dtype, device=device)
-    Packed(masks.bits(segment.name), weights, device).scatter(value.to(device), dense)
-    return dense
+                values = named[f"{segment.name}/{key}"]
+                survivors.repack(segment, values, masks, out=state[key][segment.start : segment.stop])

@@ -12,13 +12,10 @@ import time
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from hpcprune.checkpoint import write_model
 from hpcprune.errors import NumericsError
 from hpcprune.evaluate import evaluate
 from hpcprune.exchange.choose import open_exchange
-from hpcprune.exchange.wire import wire_dtype
+from hpcprune.exchange.wire import travelling_dtypes
 from hpcprune.folder import RunFolder
 from hpcprune.job import Job
 from hpcprune.ledger import Ledger
@@ -53,8 +50,8 @@ class Run:
         self.job, self.world, self.display, self.stop, self.folder = job, world, display, stop, folder
         self.prepared = prepare(job, world)
         self.model = self.prepared.model
-        wire = wire_dtype(job.retrain) or torch.float32
-        self.exchange, why = open_exchange(job.retrain.exchange, world, self.prepared.device, wire)
+        dtypes = travelling_dtypes(self.model, job.retrain)
+        self.exchange, why = open_exchange(job.retrain.exchange, world, self.prepared.device, dtypes)
         world.lead(lambda: folder.open(job, 2 * self.prepared.dense_bytes), "opening the run's folder")
         self._introduce(why)
         self.masks = Masks.full(self.prepared.layers)
@@ -72,7 +69,7 @@ class Run:
         try:
             self._do_rounds()
         except NumericsError:
-            self.saver.finish(self.ledger)  # every rank has met it alike, and what was begun before is good
+            self.saver.finish(self.ledger)  # all ranks raise it in the same place, and what was begun before is good
             raise
         self._finish()
         self.exchange.close()
@@ -106,7 +103,7 @@ class Run:
             self._train("train")
         self._evaluate("dense")
         if plan is not None:
-            self._write_model(self.folder.dense)
+            self.saver.write_result(self.folder.dense, self.masks, self.ledger)
         self.ledger.dense = {
             "costs": measure_costs(self.prepared, self.masks, self._dense_file),
             "histogram": weight_histogram(self.model, self.masks),
@@ -152,8 +149,13 @@ class Run:
 
     def _train(self, stage: str) -> None:
         """Do the steps of this round that are left."""
+        ledger = self.ledger
+        packed = ledger.packed
         trainer = self._begin(stage)
-        ledger, plan = self.ledger, trainer.plan
+        plan, due = trainer.plan, False
+        if ledger.packed != packed:  # kept before it has any effect: a run that goes on must not choose anew
+            self.saver.begin(self.masks, ledger, self._state_of(trainer))
+            self.saver.finish(ledger)
         title = f"round {ledger.round}/{self.job.prune.rounds}: {stage}" if ledger.round else stage
         with self.display.stage(title, plan.steps, ledger.step) as progress:
             while ledger.step < plan.steps:
@@ -167,8 +169,10 @@ class Run:
                 progress.advance(f"loss {step.loss:.4f}")
                 if step.written:
                     self.saver.advance(ledger)
-                if step.stop or (self.saver.due(ledger.run_step, step.due) and ledger.step < plan.steps):
+                due |= self.saver.due(ledger.run_step, step.due)
+                if step.stop or (due and self.saver.idle and ledger.step < plan.steps):
                     self.saver.begin(self.masks, ledger, self._state_of(trainer))
+                    due = False
                 if step.stop:
                     self._stopped(f"{title}, step {ledger.step} of {plan.steps}")
         self.saver.finish(self.ledger)
@@ -270,17 +274,10 @@ class Run:
         if self.world.rank == 0:
             self.folder.open_metrics(self.ledger.metrics_bytes)
 
-    def _write_model(self, path: Path) -> str:
-        """Write the network as it stands to a file; its sha256."""
-        with self.ledger.timed("checkpoint"):
-            return self.world.lead(
-                lambda: write_model(path, self.saver.result(self.masks, self.ledger)), f"writing {path.name}"
-            )
-
     def _finish(self) -> None:
         """Write the result and the report."""
         prepared, ledger = self.prepared, self.ledger
-        sha256 = self._write_model(self.folder.model)
+        sha256 = self.saver.write_result(self.folder.model, self.masks, ledger)
         loads = rank_load(prepared, ledger, self.world)
 
         def report() -> None:

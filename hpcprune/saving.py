@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
-from hpcprune.agreement import agree_on_weights
-from hpcprune.checkpoint import BackgroundWriter, State
+from hpcprune.agreement import check_weights
+from hpcprune.checkpoint import BackgroundWriter, State, write_model
 from hpcprune.folder import RunFolder
 from hpcprune.host import versions
 from hpcprune.job import Job
@@ -48,6 +49,11 @@ class Saver:
         return self._writer.done
 
     @property
+    def idle(self) -> bool:
+        """Whether nothing is being written, on any rank."""
+        return self._writer.idle
+
+    @property
     def late(self) -> bool:
         """Whether a checkpoint is due by the clock. Only rank 0 says so: clocks differ."""
         minutes = self._job.checkpoint.every_minutes
@@ -63,6 +69,7 @@ class Saver:
 
         Raises:
             WorldError: the ranks' weights differ; nothing is written then.
+            NumericsError: some are not finite; nothing is written then.
             CheckpointError: the checkpoint before, or the folder of this one, could not be written.
         """
         with ledger.timed("checkpoint"):
@@ -78,7 +85,7 @@ class Saver:
             own |= {f"exchange/{name}": value for name, value in carried.own.items()}
             state = self._state(masks, ledger, {"ledger": ledger.as_dict()}, carried.optimizer, own)
             load_buffers(self._model, buffers)
-            agree_on_weights(state, self._world, what)
+            check_weights(state, self._world, what)
             self._writer.begin(ledger.run_step, state)
 
     def advance(self, ledger: Ledger) -> None:
@@ -91,9 +98,12 @@ class Saver:
         with ledger.timed("checkpoint"):
             self._writer.finish()
 
-    def result(self, masks: Masks, ledger: Ledger) -> State:
-        """The model under its masks and what describes the run; a checkpoint has more than this."""
-        return self._state(masks, ledger, {}, {}, {})
+    def write_result(self, path: Path, masks: Masks, ledger: Ledger) -> str:
+        """Write the model under its masks and what describes the run; its sha256. Collective."""
+        with ledger.timed("checkpoint"):
+            return self._world.lead(
+                lambda: write_model(path, self._state(masks, ledger, {}, {}, {})), f"writing {path.name}"
+            )
 
     def _state(
         self,

@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from hpcprune.breakeven import packing_pays
@@ -35,7 +34,8 @@ __all__ = ["Carried", "begin_stage"]
 class Carried:
     """What one stage leaves for the next, or a checkpoint for the run that goes on.
 
-    optimizer: its tensors by name, as packed under `masks`. own: this rank's, that no other has (top-k's residuals).
+    optimizer: its tensors by name. own: this rank's, that no other has (top-k's velocities and residuals). Both are as
+    packed under `masks`, which may have fewer survivors by the time that they are taken up.
     """
 
     optimizer: Mapping[str, Tensor]
@@ -55,24 +55,29 @@ def begin_stage(
     display: Display,
 ) -> Trainer:
     """The trainer of this round's `stage`, "train" or "retrain", where the ledger stands. Collective."""
-    pruned = masks if ledger.round else None
-    if pruned is not None and ledger.packed is None:
-        ledger.packed, why = _choose_packing(job, pruned, world, exchange, prepared.device)
-        display.say(f"round {ledger.round}/{job.prune.rounds}: {why}")
-    survivors = Survivors(prepared.model, pruned, order=ledger.order, packing=ledger.packed is not False)
     training, plan = (job.train, prepared.train) if stage == "train" else (job.retrain, prepared.retrain)
     assert training is not None and plan is not None
-    sender, training = _sender(stage, job, training, survivors, world, exchange, ledger, carried)
-    name = (job.seed, stage, ledger.round)
-    bucket = int(job.retrain.bucket_mb * 1e6)
-    task, model, data = prepared.task, prepared.model, prepared.data.train
-    trainer = Trainer(task, model, survivors, data, training, plan, world, exchange, name, sender, bucket)
+    pruned = masks if ledger.round else None
+
+    def begin(packing: bool) -> Trainer:
+        survivors = Survivors(prepared.model, pruned, order=ledger.order, packing=packing)
+        sender, left = _sender(stage, job, training, survivors, world, exchange, carried)
+        name = (job.seed, stage, ledger.round)
+        task, model, data = prepared.task, prepared.model, prepared.data.train
+        bucket_mb = job.retrain.bucket_mb
+        return Trainer(task, model, survivors, data, left, plan, world, exchange, name, sender, bucket_mb)
+
+    if pruned is not None and plan.steps and ledger.packed is None:
+        ledger.packed, why = _choose_packing(job) or packing_pays(pruned, begin, prepared.model, world)
+        display.say(f"round {ledger.round}/{job.prune.rounds}: {why}")
+    trainer = begin(ledger.packed is not False)
     if carried.optimizer:
         trainer.load_optimizer_state(carried.optimizer, carried.masks)
     return trainer
 
 
-def _choose_packing(job: Job, masks: Masks, world: World, exchange: Exchange, device: torch.device) -> tuple[bool, str]:
+def _choose_packing(job: Job) -> tuple[bool, str] | None:
+    """Whether to pack, and a sentence that says why; None where that is to be tried."""
     if job.retrain.top_k is not None:
         # Among how many the largest are chosen changes the result, so it must not hang on a measurement.
         return True, "survivors are packed, as top_k needs"
@@ -80,7 +85,7 @@ def _choose_packing(job: Job, masks: Masks, world: World, exchange: Exchange, de
         return True, "survivors are packed, as retrain.packing says"
     if job.retrain.packing == "never":
         return False, "all gradients are sent, as retrain.packing says"
-    return packing_pays(masks, exchange, world, device)
+    return None
 
 
 def _sender(
@@ -90,7 +95,6 @@ def _sender(
     survivors: Survivors,
     world: World,
     exchange: Exchange,
-    ledger: Ledger,
     carried: Carried,
 ) -> tuple[Sender, Training]:
     """How gradients travel in a stage, and the training that is left for the loop to do."""
@@ -103,13 +107,14 @@ def _sender(
         exchange,
         survivors,
         world.size,
+        wire=wire_dtype(retrain),
         share=retrain.top_k.share,
         warmup=retrain.top_k.warmup,
         momentum=retrain.optimizer.momentum,
         clip_norm=retrain.clip_norm,
     )
-    if carried.own and ledger.step:
-        sender.load_own_state(carried.own)
+    if carried.own:
+        sender.load_own_state(carried.own, carried.masks)
     # The velocity is the momentum, and each rank has clipped for itself.
     optimizer = Optimizer(**{**retrain.optimizer.model_dump(), "momentum": 0.0})
     return sender, training.model_copy(update={"optimizer": optimizer, "clip_norm": None})

@@ -19,6 +19,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from hpcprune.errors import TaskError
 from hpcprune.masks import Masks
 from hpcprune.packing import Masked, Packed, Packing, Whole
 
@@ -125,6 +126,11 @@ class Survivors:
     def pack_gradient(self, segment: Segment, add: bool = False) -> None:
         """Gather a segment's gradient and free the dense one; none counts as zeros. `add`: to what is there already."""
         target, dense = self.gradient(segment), segment.parameter.grad
+        if dense is not None and dense.layout != torch.strided:
+            raise TaskError(
+                f"{segment.name}: its gradient is {dense.layout}, and only dense ones can be packed; build its module "
+                "with sparse=False"
+            )
         if dense is not None:
             into = torch.empty_like(target) if add else target
             segment.packing.gather(dense.reshape(-1), into)
@@ -133,6 +139,24 @@ class Survivors:
             segment.parameter.grad = None
         elif not add:
             target.zero_()
+
+    @torch.no_grad()
+    def repack(self, segment: Segment, values: Tensor, masks: Masks | None, out: Tensor) -> None:
+        """Lay a segment's values out as this does, those of an optimizer for example.
+
+        Weights that were pruned since lose theirs; those that were pruned then get zero.
+
+        Args:
+            values: as packed under `masks`, of this round or an earlier one, or one for every weight.
+            out: as long as the segment.
+        """
+        weights, device = segment.parameter.numel(), segment.parameter.device
+        dense = values.to(device)
+        if values.numel() != weights:
+            assert masks is not None, "only what is pruned has fewer values than weights"
+            dense = torch.zeros(weights, dtype=values.dtype, device=device)
+            Packed(masks.bits(segment.name), weights, device).scatter(values.to(device), dense)
+        segment.packing.gather(dense, out)
 
     def pack_gradients(self) -> None:
         """Gather all gradients after a backward pass, for a loop of one's own."""

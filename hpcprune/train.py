@@ -25,7 +25,7 @@ from hpcprune.schedule import learning_rate_factor
 from hpcprune.seeds import derive, seed_all
 from hpcprune.survivors import Survivors
 from hpcprune.task import Task, to_device
-from hpcprune.training import Training
+from hpcprune.training import BUCKET_MB, Training
 from hpcprune.world import World, part_of_rank
 
 __all__ = ["Plan", "Step", "Trainer", "average_batch_norm", "plan_steps"]
@@ -89,7 +89,7 @@ class Trainer:
         exchange: Exchange,
         name: tuple[int | str, ...],
         sender: Sender | None = None,
-        bucket_bytes: int = 2_000_000,
+        bucket_mb: float = BUCKET_MB,
     ) -> None:
         """Begin to train `survivors`, which pack `model`'s weights; `close` when it is over.
 
@@ -98,7 +98,7 @@ class Trainer:
         self.plan = plan
         self.survivors = survivors
         self._sender = sender or Wire(exchange, None)
-        self.buckets = Buckets(survivors, self._sender, bucket_bytes)
+        self.buckets = Buckets(survivors, self._sender, int(bucket_mb * 1e6))
         self._optimizer = make_optimizer(survivors, training.optimizer)
         self._task, self._model, self._dataset, self._training = task, model, dataset, training
         self._world, self._exchange, self._name = world, exchange, name
@@ -112,9 +112,7 @@ class Trainer:
     def step(self, number: int, stop: bool, written: bool = False, due: bool = False) -> Step:
         """Do step `number`. `stop`, `written` and `due` are this rank's answers to what the result says of all."""
         start, waited = time.perf_counter(), self._world.seconds_waited
-        seed_all(*self._name, "step", number, self._world.rank)
         what = f"{self._name[1]}: exchange of step {number}"
-        self._sender.begin_step(number)
         loss = self._backward(number, what)
         bad = self.buckets.not_finite() or ("" if torch.isfinite(loss) else "the loss")
         votes = torch.tensor([stop, written, due, bool(bad)], dtype=loss.dtype, device=self._device)
@@ -125,6 +123,7 @@ class Trainer:
         total, stops, writers, dues, spoilt = agreed.tolist()
         if spoilt:
             self._tell_divergence(number, bad, float(loss))
+        self._sender.check_sums(self.survivors.gradients(), what)
 
         factor = learning_rate_factor(self._training.lr_schedule, number, self.plan.steps)
         for group in self._optimizer.param_groups:
@@ -144,6 +143,16 @@ class Trainer:
             dues > 0,
         )
 
+    def try_step(self, number: int) -> float:
+        """The seconds of step `number` without the optimizer: gradients are computed and summed, no weight changes."""
+        start = time.perf_counter()
+        self._backward(number, f"{self._name[1]}: trying step {number}")
+        self.buckets.wait()
+        self.survivors.unpack()
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)
+        return time.perf_counter() - start
+
     def optimizer_state(self) -> dict[str, Tensor]:
         """The optimizer's tensors by the parameters' names, as the survivors pack them."""
         return named_state(self._optimizer, self.survivors)
@@ -158,6 +167,8 @@ class Trainer:
 
     def _backward(self, number: int, what: str) -> Tensor:
         """Compute the gradients of this rank's share of the batch, part by part; its part of the mean loss."""
+        seed_all(*self._name, "step", number, self._world.rank)
+        self._sender.begin_step(number)
         indices = self._indices(number)
         parts = min(self._training.accumulate, len(indices))
         total = torch.zeros((), dtype=torch.float64, device=self._device)

@@ -10,8 +10,9 @@ from pydantic import Field, ValidationInfo
 from hpcprune.errors import show
 from hpcprune.section import PARSED, Count, Fraction, NotNegative, Positive, Section, keep_own, own_keys, refuse
 
-__all__ = ["LrSchedule", "Optimizer", "Retraining", "TopK", "Training"]
+__all__ = ["BUCKET_MB", "LrSchedule", "Optimizer", "Retraining", "TopK", "Training"]
 
+BUCKET_MB = 2.0  # measured by bench/exchange.py
 # Which keys of a section belong to which `name`; a key of another name would be silently without effect.
 _OPTIMIZER_KEYS = {"sgd": ("momentum", "nesterov"), "adam": ("betas",), "adamw": ("betas",)}
 _LR_SCHEDULE_KEYS = {"constant": (), "linear": ("final",), "cosine": ("final",), "step": ("at", "factor")}
@@ -128,13 +129,14 @@ class Retraining(Training):
     exchange: Literal["auto", "torch", "mpi", "horovod"] = "auto"
     """What carries the gradients: torch.distributed (nccl where CUDA is, else gloo), mpi4py or Horovod; the dense
     training uses it too."""
-    bucket_mb: Positive = 2.0
-    """Megabytes of packed gradients that are sent as one; smaller ones start earlier, larger ones cost less each."""
+    bucket_mb: Positive = BUCKET_MB
+    """Megabytes of packed gradients, at least, that are sent as one (a parameter is not cut): less starts earlier, more
+    costs less each."""
     wire: Literal["float32", "bfloat16", "float16"] = "float32"
-    """The dtype in which gradients travel; float32 approximates nothing."""
+    """The dtype in which gradients wider than it travel; float32 approximates nothing."""
     packing: Literal["auto", "always", "never"] = "auto"
-    """Whether the survivors' gradients are packed, or all gradients travel; auto measures it at the start of a round
-    where more than an eighth of the weights survive, and packs below."""
+    """Whether the survivors' gradients are packed, or all gradients travel; auto tries both in a few steps at the start
+    of a round where more than an eighth of the weights survive, and packs below."""
     top_k: TopK | None = None
     """Where given, only the largest of the survivors' gradients travel; needs sgd without nesterov."""
 

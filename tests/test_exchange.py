@@ -25,7 +25,7 @@ FLOAT, BFLOAT, SHORT = torch.float32, torch.bfloat16, torch.float16
 
 @pytest.fixture(params=["torch", "mpi"])
 def exchange(request: pytest.FixtureRequest) -> Iterator[Exchange]:
-    exchange, _ = open_exchange(request.param, World.alone(), CPU, FLOAT)
+    exchange, _ = open_exchange(request.param, World.alone(), CPU, {FLOAT})
     yield exchange
     exchange.close()
 
@@ -35,7 +35,7 @@ def exchange(request: pytest.FixtureRequest) -> Iterator[Exchange]:
 
 def chosen(name: str, wire: torch.dtype = FLOAT) -> str:
     """What is said of a backend that can be opened."""
-    exchange, why = open_exchange(name, World.alone(), CPU, wire)
+    exchange, why = open_exchange(name, World.alone(), CPU, {FLOAT, wire})
     assert wire in exchange.wire_dtypes
     exchange.close()
     return why
@@ -44,7 +44,7 @@ def chosen(name: str, wire: torch.dtype = FLOAT) -> str:
 def refused(name: str, wire: torch.dtype = FLOAT) -> str:
     """What is said of one that cannot; nothing may have been opened."""
     with pytest.raises(AgreedError) as found:
-        open_exchange(name, World.alone(), CPU, wire)
+        open_exchange(name, World.alone(), CPU, {FLOAT, wire})
     assert isinstance(found.value.error, JobError)
     assert not dist.is_initialized()
     return str(found.value.error)

@@ -70,6 +70,11 @@ class BackgroundWriter:
         """Whether this rank has nothing left to do in the present phase: its thread has ended, well or not."""
         return self._work is None or self._work.done()
 
+    @property
+    def idle(self) -> bool:
+        """Whether nothing is being written, on any rank: `begin` would not have to wait."""
+        return self._step is None
+
     def begin(self, step: int, state: State) -> None:
         """Copy this rank's part of a step and start to write it; the state may change from then on.
 

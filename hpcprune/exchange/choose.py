@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 import torch.distributed as dist
 
@@ -13,19 +15,19 @@ from hpcprune.world import World
 __all__ = ["open_exchange"]
 
 
-def open_exchange(name: str, world: World, device: torch.device, wire: torch.dtype) -> tuple[Exchange, str]:
+def open_exchange(name: str, world: World, device: torch.device, dtypes: Iterable[torch.dtype]) -> tuple[Exchange, str]:
     """Open a backend, and say in a sentence which and why. Collective.
 
     Args:
         name: auto, torch, mpi or horovod, as in a job file. auto is torch, or mpi where torch was built without it.
         world: the ranks.
         device: where this rank's gradients are.
-        wire: the dtype in which they are to travel.
+        dtypes: those in which they are to travel.
 
     Raises:
-        AgreedError: of a JobError: on some rank the backend cannot be used, or it does not sum that dtype.
+        AgreedError: of a JobError: on some rank the backend cannot be used, or it does not sum one of the dtypes.
     """
-    backend = world.together(lambda: _usable(name, wire), "exchange: choosing")
+    backend = world.together(lambda: _usable(name, dtypes), "exchange: choosing")
     exchange = _open(backend, world, device)
     if name != "auto":
         why = "as retrain.exchange says"
@@ -36,8 +38,8 @@ def open_exchange(name: str, world: World, device: torch.device, wire: torch.dty
     return exchange, f"gradients are exchanged over {exchange.name}, {why}"
 
 
-def _usable(name: str, wire: torch.dtype) -> str:
-    """The backend that `name` means, once what it needs was found to be here and `wire` to be among what it sums."""
+def _usable(name: str, dtypes: Iterable[torch.dtype]) -> str:
+    """The backend that `name` means, once what it needs was found to be here and it was found to sum all `dtypes`."""
     backend = name if name != "auto" else "torch" if dist.is_available() else "mpi"
     if backend == "torch" and not dist.is_available():
         raise JobError(
@@ -56,7 +58,8 @@ def _usable(name: str, wire: torch.dtype) -> str:
                 f"retrain.exchange: horovod: Horovod cannot be imported ({error}); build it for this environment: sh "
                 "scripts/install-horovod.sh, or write exchange: auto"
             ) from None
-    refuse_dtype(backend, wire)
+    for dtype in sorted(dtypes, key=str):
+        refuse_dtype(backend, dtype)
     return backend
 
 

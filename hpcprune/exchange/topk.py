@@ -20,6 +20,8 @@ import torch
 from torch import Tensor
 
 from hpcprune.exchange import Exchange, Gathering, Pending
+from hpcprune.exchange.wire import Wire
+from hpcprune.masks import Masks
 from hpcprune.survivors import Survivors
 from hpcprune.threshold import select_survivors
 from hpcprune.world import World
@@ -42,14 +44,15 @@ class _Sum:
         self.gradient.zero_()
         # Rank after rank on every rank, so that all add in the same order and stay the same bit for bit.
         for places, values in zip(self.places.wait(), self.values.wait(), strict=True):
-            self.gradient.index_add_(0, places, values)
+            self.gradient.index_add_(0, places, values.to(self.gradient.dtype))
 
 
 class TopK:
     """Sends the largest elements of buckets over a backend.
 
-    share: of a bucket's elements that travel; falls from 1 over `warmup` steps. momentum: the optimizer's, which must
-    then have none itself. clip_norm: of the whole gradient, or None.
+    wire: the dtype in which they travel, None for their own; what rounding takes off stays behind too. share: of a
+    bucket's elements that travel; falls from 1 over `warmup` steps. momentum: the optimizer's, which must then have
+    none itself. clip_norm: of the whole gradient, or None.
     """
 
     def __init__(
@@ -58,6 +61,7 @@ class TopK:
         survivors: Survivors,
         ranks: int,
         *,
+        wire: torch.dtype | None = None,
         share: float,
         warmup: int = 0,
         momentum: float = 0.0,
@@ -65,7 +69,7 @@ class TopK:
     ) -> None:
         self._step = 0
         self.whole_first = clip_norm is not None
-        self._exchange, self._survivors = exchange, survivors
+        self._exchange, self._survivors, self._wire = exchange, survivors, Wire(exchange, wire)
         self._share, self._warmup, self._momentum = share, warmup, momentum
         self._limit = math.inf if clip_norm is None else clip_norm / math.sqrt(ranks)
         self._velocity = {dtype: torch.zeros_like(packed.data) for dtype, packed in survivors.packed.items()}
@@ -95,17 +99,21 @@ class TopK:
         if count > DENSE_ABOVE * len(gradient):
             gradient.copy_(residual)
             velocity.zero_()
-            residual.zero_()
-            return self._exchange.begin(gradient, what)
+            residual.sub_(self._wire.cut(residual))
+            return self._wire.begin(gradient, bucket, what)
         names = [[f"the gradient of {bucket.segments[0].name} and those behind it"]]
-        groups = [[residual.cpu()]]
+        groups = [[torch.nan_to_num(residual).cpu()]]
         [(_, [bits])] = select_survivors(groups, [len(gradient) - count], World.alone(), absolute=True, names=names)
         chosen = np.flatnonzero(np.unpackbits(bits, count=len(gradient), bitorder="little"))
         places = torch.from_numpy(chosen.astype(np.int32)).to(gradient.device)
         values = residual.index_select(0, places)
+        sent = self._wire.cut(values)
         velocity.index_fill_(0, places.long(), 0)
-        residual.index_fill_(0, places.long(), 0)
-        return _Sum(self._exchange.gather(places, what), self._exchange.gather(values, what), gradient)
+        residual.index_copy_(0, places.long(), values - sent)
+        return _Sum(self._exchange.gather(places, what), self._exchange.gather(sent, what), gradient)
+
+    def check_sums(self, gradients: Sequence[Tensor], what: str) -> None:
+        self._wire.check_sums(gradients, what)
 
     def own_state(self) -> dict[str, Tensor]:
         """This rank's velocities and residuals, under "<parameter>/velocity" and "<parameter>/residual"."""
@@ -115,7 +123,9 @@ class TopK:
             for key, vectors in (("velocity", self._velocity), ("residual", self._residual))
         }
 
-    def load_own_state(self, tensors: Mapping[str, Tensor]) -> None:
-        """Take what `own_state` gave under the same masks."""
-        for name, own in self.own_state().items():
-            own.copy_(tensors[name])
+    def load_own_state(self, tensors: Mapping[str, Tensor], masks: Masks | None) -> None:
+        """Take what `own_state` gave under `masks`, of this round or an earlier one."""
+        own = self.own_state()
+        for segment in self._survivors:
+            for name in (f"{segment.name}/velocity", f"{segment.name}/residual"):
+                self._survivors.repack(segment, tensors[name], masks, out=own[name])

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from hpcprune.errors import NumericsError
 from hpcprune.exchange import Exchange, Pending
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from hpcprune.buckets import Bucket
     from hpcprune.training import Retraining
 
-__all__ = ["Wire", "wire_dtype"]
+__all__ = ["Wire", "travelling_dtypes", "wire_dtype"]
 
 
 def wire_dtype(retrain: Retraining) -> torch.dtype | None:
@@ -25,22 +25,22 @@ def wire_dtype(retrain: Retraining) -> torch.dtype | None:
     return dtype if dtype.itemsize < torch.float32.itemsize else None
 
 
+def travelling_dtypes(model: nn.Module, retrain: Retraining) -> set[torch.dtype]:
+    """The dtypes in which a job's gradients travel, in its dense training and in retraining."""
+    own = {parameter.dtype for parameter in model.parameters() if parameter.requires_grad}
+    narrow = wire_dtype(retrain)
+    return own | {narrow} if narrow is not None else own
+
+
 @dataclass(frozen=True)
 class _Cast:
     pending: Pending
     buffer: Tensor
     gradient: Tensor
-    what: str
 
     def wait(self) -> None:
         self.pending.wait()
         self.gradient.copy_(self.buffer)
-        if not torch.isfinite(self.buffer.sum(dtype=torch.float32)):
-            name = str(self.buffer.dtype).removeprefix("torch.")
-            raise NumericsError(
-                f"{self.what}: the sum over the ranks does not fit {name}, in which gradients travel; write wire: "
-                "bfloat16 or float32, or clip the gradients (clip_norm)"
-            )
 
 
 class Wire:
@@ -61,7 +61,21 @@ class Wire:
         pass
 
     def begin(self, gradient: Tensor, bucket: Bucket, what: str) -> Pending:
-        if self._dtype is None or self._dtype.itemsize >= gradient.dtype.itemsize:
-            return self._exchange.begin(gradient, what)
-        buffer = gradient.to(self._dtype)
-        return _Cast(self._exchange.begin(buffer, what), buffer, gradient, what)
+        buffer = self.cut(gradient)
+        pending = self._exchange.begin(buffer, what)
+        return pending if buffer is gradient else _Cast(pending, buffer, gradient)
+
+    def cut(self, values: Tensor) -> Tensor:
+        """Values as they travel; themselves if their dtype is no wider than the wire's."""
+        if self._dtype is None or self._dtype.itemsize >= values.dtype.itemsize:
+            return values
+        return values.to(self._dtype)
+
+    def check_sums(self, gradients: Sequence[Tensor], what: str) -> None:
+        if self._dtype is None or all(torch.isfinite(each.sum(dtype=torch.float64)) for each in gradients):
+            return
+        wider = "bfloat16 or float32" if self._dtype == torch.float16 else "float32"
+        raise NumericsError(
+            f"{what}: a sum over the ranks does not fit {str(self._dtype).removeprefix('torch.')}, in which gradients "
+            f"travel; write wire: {wider}, and run again: it goes on from the last checkpoint"
+        )

@@ -28,7 +28,7 @@ OPTIMIZERS: dict[str, dict[str, float]] = {
 }
 TORCHS: dict[str, Any] = {"sgd": torch.optim.SGD, "adamw": torch.optim.AdamW}
 BATCH = 12  # of all ranks together; 1, 2, 3 and 4 ranks share it evenly
-SMALL_BUCKETS = 1000  # bytes, so that there are several buckets
+SMALL_BUCKETS = 0.001  # MB, so that there are several buckets
 
 
 class Net(nn.Module):
@@ -106,7 +106,7 @@ def begin(
     survivors = Survivors(model, masks, packing=packing)
     name = (3, "retrain", 1)
     trainer = Trainer(
-        task, model, survivors, data, training, plan, world, exchange or OneRank(), name, bucket_bytes=SMALL_BUCKETS
+        task, model, survivors, data, training, plan, world, exchange or OneRank(), name, bucket_mb=SMALL_BUCKETS
     )
     return Begun(trainer, model, data)
 

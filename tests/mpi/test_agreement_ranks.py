@@ -12,7 +12,7 @@ from tests.conftest import Launch
 COMPARE = """
 import json, sys
 import numpy as np
-from hpcprune.agreement import agree_on_weights
+from hpcprune.agreement import check_weights
 from hpcprune.checkpoint import TensorState
 from hpcprune.errors import WorldError
 from hpcprune.world import World
@@ -38,7 +38,7 @@ for what in ("same", "survivor", "pruned", "bias", "order", "all", "buffer"):
     if what == "buffer":
         state.tensors["buffers/seen"].array[...] = world.rank
     try:
-        agree_on_weights(state, world, "checkpoint of step 7")
+        check_weights(state, world, "checkpoint of step 7")
         found[what] = ""
     except WorldError as error:
         found[what] = str(error)

@@ -152,7 +152,7 @@ def works(folder: Path) -> None:
         found = []
         for name in BACKENDS:
             world = World.of(comm, timeout=60)
-            exchange, why = open_exchange(name, world, torch.device("cpu"), torch.float32)
+            exchange, why = open_exchange(name, world, torch.device("cpu"), {torch.float32})
             assert why == f"gradients are exchanged over {NAMES[name]}, as retrain.exchange says"
             if comm is COMM:
                 for check in (check_sums, check_many_in_flight, check_part_of_a_buffer, check_gathering, check_overlap):
@@ -191,7 +191,7 @@ def missing(folder: Path) -> None:
     """Rank 1 has opened the exchange but begins nothing; one backend after the other, each on ranks of its own."""
     for name in BACKENDS:
         world = World(COMM.Dup(), timeout=1.5)
-        exchange, _ = open_exchange(name, world, torch.device("cpu"), torch.float32)
+        exchange, _ = open_exchange(name, world, torch.device("cpu"), {torch.float32})
         if RANK == 1:
             time.sleep(2.5)
         else:
@@ -210,7 +210,7 @@ def test_a_rank_that_begins_nothing_is_named(mpirun: Launch, tmp_path: Path) -> 
 
 
 def dies(folder: Path, name: str) -> None:
-    exchange, _ = open_exchange(name, World.of(timeout=60), torch.device("cpu"), torch.float32)
+    exchange, _ = open_exchange(name, World.of(timeout=60), torch.device("cpu"), {torch.float32})
     (folder / str(os.getpid())).touch()
     COMM.Barrier()
     if RANK == 1:

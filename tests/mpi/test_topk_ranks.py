@@ -65,7 +65,7 @@ with world.guard():
         np.testing.assert_allclose(state["weight/residual"], v[world.rank], rtol=1e-12, atol=1e-12)
         np.testing.assert_allclose(state["weight/velocity"], u[world.rank], rtol=1e-12, atol=1e-12)
         again = TopK(exchange, survivors, world.size, share=SHARE, momentum=MOMENTUM, clip_norm=clip)
-        again.load_own_state(state)
+        again.load_own_state(state, masks)
         assert all(torch.equal(value, state[name]) for name, value in again.own_state().items())
         buckets.close()
     exchange.close()

@@ -1,12 +1,16 @@
 """Faults on demand: this process, all ranks or mpirun die at a chosen moment inside hpcprune.
 
 FAULT="<moment>:<count>:<milliseconds>:<who>": when `moment` is come to for the `count`-th time, that much later `who`
-("self", "all" or "mpirun") is killed with SIGKILL. FAULT_RANK says which rank counts.
+("self", "all" or "mpirun") is killed with SIGKILL. The moment lasts until then, at least. FAULT_RANK says which rank
+counts. FAULT_RECORD names a file that is there already; it holds the instant of the kill afterwards, by the clock that
+all processes of a host share (time.monotonic()).
 """
 
 import importlib
+import itertools
 import os
 import signal
+import sys
 import threading
 import time
 from pathlib import Path
@@ -22,7 +26,7 @@ MOMENTS = {
     "copying": "hpcprune.checkpoint.background:BackgroundWriter.begin",
     "writing": "hpcprune.checkpoint.background:write_part",
     "renaming": "hpcprune.checkpoint.background:give_name",
-    "result": "hpcprune.run:write_model",
+    "result": "hpcprune.saving:write_model",
 }
 
 
@@ -36,25 +40,33 @@ def install() -> None:
     owner = importlib.import_module(module)
     for part in owners:
         owner = getattr(owner, part)
-    inner, calls = getattr(owner, name), []
+    inner, calls = getattr(owner, name), itertools.count(1)
 
     def wrapped(*args, **kwargs):
-        calls.append(None)
-        if len(calls) == int(count):
-            threading.Thread(target=die, args=(float(milliseconds) / 1e3, who), daemon=True).start()
-            time.sleep(0)  # let it start
-        return inner(*args, **kwargs)
+        if next(calls) != int(count):
+            return inner(*args, **kwargs)
+        sys.setswitchinterval(1e-5)  # or the kill would wait for what runs, longer than most moments last
+        killer = threading.Thread(target=kill, args=(float(milliseconds) / 1e3, who))
+        killer.start()
+        try:
+            return inner(*args, **kwargs)
+        finally:
+            killer.join()
 
     setattr(owner, name, wrapped)
 
 
-def die(seconds: float, who: str) -> None:
-    time.sleep(seconds)
+def kill(seconds: float, who: str) -> None:
+    """Kill `who` after some seconds, and record when."""
     parent = os.getppid()
-    if who == "mpirun":
-        os.kill(parent, signal.SIGKILL)
-    elif who == "all":
-        siblings = Path(f"/proc/{parent}/task/{parent}/children").read_text().split()
-        for pid in sorted(map(int, siblings), key=lambda pid: pid == os.getpid()):  # oneself last
-            os.kill(pid, signal.SIGKILL)
-    os.kill(os.getpid(), signal.SIGKILL)
+    siblings = Path(f"/proc/{parent}/task/{parent}/children").read_text().split()
+    victims = {
+        "self": [os.getpid()],
+        "all": sorted(map(int, siblings), key=lambda pid: pid == os.getpid()),  # oneself last
+        "mpirun": [parent],
+    }[who]
+    record = os.open(os.environ["FAULT_RECORD"], os.O_WRONLY)
+    time.sleep(seconds)
+    os.write(record, str(time.monotonic()).encode())
+    for pid in victims:
+        os.kill(pid, signal.SIGKILL)

@@ -1,0 +1,26 @@
+"""Runs killed at random instants: each goes on from its newest checkpoint and ends in the same weights, bit for bit."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+from bench.faults import LONGEST_LIFE, VICTIMS, try_many
+
+# Chosen so that every moment and every victim is among the kills.
+SEED = 25
+
+
+@pytest.mark.timeout(900)
+def test_15_runs_killed_at_random_instants_go_on_bit_for_bit(tmp_path: Path) -> None:
+    outcomes = list(try_many(15, SEED, 2, tmp_path))
+    assert Counter(outcome.kind for outcome in outcomes) == {"right": 15}, "\n".join(
+        f"{outcome.fault} on rank {outcome.fault.rank}: {outcome.kind}: {outcome.why}"
+        for outcome in outcomes
+        if outcome.kind != "right"
+    )
+    assert max(outcome.lived for outcome in outcomes) <= LONGEST_LIFE
+    assert {outcome.fault.who for outcome in outcomes} == set(VICTIMS)
+    assert len({outcome.fault.moment for outcome in outcomes}) >= 8
