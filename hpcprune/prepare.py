@@ -64,12 +64,12 @@ def _prepare(job: Job, world: World, threads: int, place: int) -> Prepared:
     task = load_task(job.task, job.folder)
     seed_all(job.seed, "model")
     model = build_model(task)
+    layers = find_layers(model, job.prune.include, job.prune.exclude)
     if not any(parameter.requires_grad for parameter in model.parameters()):
         raise TaskError(
             f"task: {type(task).__name__}.model(): none of its parameters requires a gradient, so nothing could be "
             "trained; leave requires_grad as it is on those that may change"
         )
-    layers = find_layers(model, job.prune.include, job.prune.exclude)
     if job.weights_file is not None:
         fit_weights(model, load_weights(job.weights_file), job.weights_file)
     else:

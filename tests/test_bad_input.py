@@ -106,6 +106,7 @@ TASKS = {
     "model raises": (_MODEL, f"        1 / 0\n{_MODEL}", r"Small\.model raised ZeroDivision.*/task\.py:21: 1 / 0\)"),
     "no model": ("return nn.Sequential", "return ", r"Small\.model\(\) gave tuple, not a torch\.nn\.Module"),
     "no layer": ("nn.Linear(4, 64), nn.ReLU(), nn.Linear(64, 2)", "nn.ReLU()", r"no linear, .* \(it has: ReLU\)"),
+    "frozen": ("nn.Linear(64, 2))", "nn.Linear(64, 2)).requires_grad_(False)", r"none of its parameters requires a "),
     "lazy": ("nn.Linear(4, ", "nn.LazyLinear(", r"the shape of 0\.weight is not known yet; call the model once"),
     "NaN": ("nn.Linear(4, 64)", _NAN, r"Small\.model\(\): 0\.weight: 256 of 256 weights are NaN .*; initialise"),
     "data raises": (

@@ -7,9 +7,11 @@ from dataclasses import dataclass, field
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 import hpcprune
 from hpcprune.buckets import Bucket, Buckets
+from hpcprune.errors import TaskError
 from hpcprune.exchange import Pending
 from hpcprune.survivors import Survivors
 from hpcprune.world import World
@@ -44,6 +46,9 @@ class Recorder:
 
     def own_state(self) -> dict[str, Tensor]:
         return {}
+
+    def check_sums(self, gradients: object, what: str) -> None:
+        pass
 
 
 class Branching(nn.Module):
@@ -127,6 +132,31 @@ def test_a_parameter_that_a_step_did_not_use_counts_as_zeros() -> None:
     buckets.backward(loss_of(model), "test", add=False, send=True)
     assert_packed(survivors, dense_gradients(1, used=False))
     assert sum(len(names) for names in sender.begun) == 2 * len(list(model.parameters()))
+
+
+def test_a_parameter_that_backward_finishes_twice_is_an_error_and_not_half_a_gradient() -> None:
+    shared = nn.Linear(6, 6)
+    for reentrant in (False, True):
+        model = nn.Sequential(shared)
+        survivors = Survivors(model)
+        buckets = Buckets(survivors, Recorder(model), 1)
+        inputs = torch.ones(2, 6, requires_grad=True)
+        for _ in range(2):
+            inputs = checkpoint(shared, inputs, use_reentrant=reentrant)
+        if reentrant:
+            with pytest.raises(TaskError, match=r"step 3: 0\.\w+ got gradients twice .* use_reentrant=False"):
+                buckets.backward(inputs.sum(), "step 3", add=False, send=True)
+        else:
+            buckets.backward(inputs.sum(), "step 3", add=False, send=True)
+        buckets.close()
+
+
+def test_a_sparse_gradient_is_refused_by_its_parameters_name() -> None:
+    model = nn.Sequential(nn.Embedding(5, 3, sparse=True), nn.Linear(3, 2))
+    buckets = Buckets(Survivors(model), Recorder(model), 1)
+    with pytest.raises(TaskError, match=r"0\.weight: its gradient is torch\.sparse_coo.* with sparse=False"):
+        buckets.backward(model(torch.tensor([1, 2])).sum(), "test", add=False, send=True)
+    buckets.close()
 
 
 def test_accumulated_gradients_are_summed_and_sent_once() -> None:

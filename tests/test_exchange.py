@@ -10,14 +10,18 @@ import pytest
 import torch
 import torch.distributed as dist
 from mpi4py import MPI
-from torch import Tensor
+from torch import Tensor, nn
 
-from hpcprune.errors import JobError, WorldError
+from hpcprune.buckets import Bucket
+from hpcprune.errors import JobError, NumericsError, WorldError
 from hpcprune.exchange import Exchange
 from hpcprune.exchange.choose import open_exchange
 from hpcprune.exchange.host_copy import HostCopy
 from hpcprune.exchange.mpi import MpiExchange
+from hpcprune.exchange.wire import Wire, travelling_dtypes
+from hpcprune.training import Retraining
 from hpcprune.world import AgreedError, World
+from tests.training import OneRank
 
 CPU = torch.device("cpu")
 FLOAT, BFLOAT, SHORT = torch.float32, torch.bfloat16, torch.float16
@@ -110,6 +114,12 @@ def test_a_wire_that_a_backend_lacks_is_refused_with_those_that_have_it(
     )
 
 
+def test_every_dtype_of_a_models_gradients_is_among_those_asked_for() -> None:
+    model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2).bfloat16(), nn.Linear(2, 2).half().requires_grad_(False))
+    assert travelling_dtypes(model, Retraining(steps=1)) == {FLOAT, BFLOAT}
+    assert travelling_dtypes(model, Retraining(steps=1, wire="float16")) == {FLOAT, BFLOAT, SHORT}
+
+
 # One rank
 
 
@@ -131,6 +141,20 @@ def test_what_one_rank_gathers_is_a_copy_of_its_own(exchange: Exchange) -> None:
         assert found.dtype == dtype and torch.equal(found, buffer)
         found += 1
         assert buffer.tolist() == [0, 1, 2, 3, 4]
+
+
+@pytest.mark.parametrize(("dtype", "use"), [(SHORT, "bfloat16 or float32"), (BFLOAT, "float32")])
+def test_a_sum_that_does_not_fit_the_wire_is_told_after_all_have_seen_it(dtype: torch.dtype, use: str) -> None:
+    gradient = torch.tensor([1.0, torch.finfo(FLOAT).max])
+    wire = Wire(OneRank(), dtype)
+    bucket = Bucket(FLOAT, 0, 2, [])
+    wire.begin(gradient, bucket, "test").wait()
+    with pytest.raises(
+        NumericsError, match=f"^step 3: a sum over the ranks does not fit .* write wire: {use}, and run"
+    ):
+        wire.check_sums([gradient], "step 3")
+    wire.check_sums([torch.ones(2)], "step 3")
+    Wire(OneRank(), None).check_sums([gradient], "step 3")
 
 
 def test_a_failure_in_the_thread_is_raised_where_it_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -170,6 +170,17 @@ def test_the_digest_is_of_what_determines_the_result(write: Write) -> None:
     assert re.fullmatch("[0-9a-f]{64}", digest)
 
 
+def test_how_gradients_are_carried_determines_the_result_only_where_some_are_chosen_among(write: Write) -> None:
+    path = write(SMALL)
+    for key in ("retrain.exchange=mpi", "retrain.packing=always", "retrain.bucket_mb=5"):
+        assert load_job(path, [key]).digest() == load_job(path).digest(), key
+    top_k = "retrain.top_k={share: 0.01}"
+    assert load_job(path, [top_k, "retrain.exchange=mpi"]).digest() == load_job(path, [top_k]).digest()
+    assert differences(load_job(path, [top_k]), load_job(path, [top_k, "retrain.bucket_mb=5"])) == [
+        "retrain.bucket_mb (2.0 there, 5.0 here)"
+    ]
+
+
 def test_the_digest_is_of_the_contents_of_the_task_file_wherever_it_lies(write: Write, tmp_path: Path) -> None:
     path = write(SMALL)
     Path("digits/task.py").write_text("a = 1")

@@ -13,6 +13,7 @@ from torch.utils.data import Dataset
 
 import hpcprune
 from hpcprune.exchange import Exchange, Gathering, Pending
+from hpcprune.exchange.dtypes import WIRE_DTYPES
 from hpcprune.masks import Masks
 from hpcprune.survivors import Survivors
 from hpcprune.train import Trainer, plan_steps
@@ -105,6 +106,7 @@ class OneRank:
 
     name = "none"
     bytes_sent = 0
+    wire_dtypes = WIRE_DTYPES["torch"]
 
     def begin(self, buffer: Tensor, what: str) -> Pending:
         return _Done()
@@ -128,6 +130,7 @@ def begin(
     more: Mapping[str, Any] = MappingProxyType({}),
     world: World | None = None,
     exchange: Exchange | None = None,
+    survivors: Survivors | None = None,
 ) -> Begun:
     """Begin to train the task's model, or another, as a run does. `more`: keys of the training."""
     torch.set_num_threads(1)  # of which these sizes need no more, whatever else the machine does
@@ -137,6 +140,6 @@ def begin(
     training = Training(steps=steps, batch_size=batch_size, optimizer=OPTIMIZERS[optimizer], **more)
     plan = plan_steps(training, len(data), world.size, "retrain")
     name = (seed, "retrain", 1)
-    survivors = Survivors(model, masks)
+    survivors = survivors or Survivors(model, masks)
     trainer = Trainer(task, model, survivors, data, training, plan, world, exchange or OneRank(), name)
     return Begun(trainer, model, data)

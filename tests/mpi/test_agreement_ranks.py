@@ -14,12 +14,12 @@ import json, sys
 import numpy as np
 from hpcprune.agreement import check_weights
 from hpcprune.checkpoint import TensorState
-from hpcprune.errors import WorldError
+from hpcprune.errors import NumericsError, WorldError
 from hpcprune.world import World
 from tests.checkpoint_states import small_state
 
 world, found = World.of(None, timeout=20), {}
-for what in ("same", "survivor", "pruned", "bias", "order", "all", "buffer"):
+for what in ("same", "survivor", "pruned", "bias", "order", "all", "buffer", "NaN", "infinite"):
     state = small_state()
     state.own = {"rank": TensorState(np.array(world.rank), "int64")}
     first, second = state.layers["conv.weight"], state.layers["out.weight"]
@@ -37,10 +37,15 @@ for what in ("same", "survivor", "pruned", "bias", "order", "all", "buffer"):
         second.values[0] += world.rank
     if what == "buffer":
         state.tensors["buffers/seen"].array[...] = world.rank
+    if what == "NaN":
+        first.values[np.flatnonzero(alive)[3]] = np.nan
+        second.values[0] = -np.inf
+    if what == "infinite":
+        state.tensors["parameters/fc.bias"].array[1] = np.inf
     try:
         check_weights(state, world, "checkpoint of step 7")
         found[what] = ""
-    except WorldError as error:
+    except (NumericsError, WorldError) as error:
         found[what] = str(error)
 everywhere = world.allgather(found, "test")
 assert all(each == found for each in everywhere), everywhere
@@ -74,4 +79,14 @@ def test_what_differs_is_named_with_the_ranks_that_stand_out(mpirun: Launch, scr
 def test_a_rank_alone_agrees_with_itself(mpirun: Launch, script: Path) -> None:
     done = mpirun(1, script)
     assert done.returncode == 0, done.stderr
-    assert set(json.loads(done.stdout).values()) == {""}
+    found = json.loads(done.stdout)
+    assert {what for what in found if found[what]} == {"NaN", "infinite"}
+
+
+@pytest.mark.parametrize("ranks", [1, 3])
+def test_weights_that_are_not_finite_are_named(mpirun: Launch, script: Path, ranks: int) -> None:
+    done = mpirun(ranks, script)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert found["NaN"].startswith("checkpoint of step 7: NaN or infinite weights in conv.weight, out.weight; nothing ")
+    assert found["infinite"].startswith("checkpoint of step 7: NaN or infinite weights in fc.bias; nothing is written")

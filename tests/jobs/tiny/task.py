@@ -1,8 +1,8 @@
 """A task of a second for the tests: blobs to tell apart, batch norm and dropout, and a rank that misbehaves on demand.
 
 TINY="<what>:<rank>:<step>": at its `step`-th batch, that rank raises an error, kills itself, hangs, has no more room on
-its disk, or has a weight that no other rank has. TINY_DISK="<first>:<last>": what is written from the `first` batch on
-is on the disk at the `last` only. FAULT: see faults.py.
+its disk, has a weight that no other rank has, or computes NaN. TINY_DISK="<first>:<last>": what is written from the
+`first` batch on is on the disk at the `last` only. FAULT: see faults.py.
 """
 
 import os
@@ -63,6 +63,8 @@ class Tiny(hpcprune.Classifier):
                     resource.setrlimit(resource.RLIMIT_FSIZE, (4096, resource.RLIM_INFINITY))
                 if what == "spoil":
                     model[6].bias.data[0] += 1
+                if what == "nan":
+                    return super().predict(model, batch) * float("nan")
         return super().predict(model, batch)
 
     def hold_disk(self, first, last):
