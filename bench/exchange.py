@@ -2,6 +2,7 @@
 
     python bench/exchange.py                            # 17 M and 100 M weights, at 1 Gbit/s and uncapped
     python bench/exchange.py --networks 17M --turns 1   # a quick look
+    python bench/exchange.py --loopback --only 90%      # both ranks on one host
     python bench/exchange.py --tune                     # the sizes of buckets, and where packing pays
     python bench/exchange.py --scale                    # 1, 2, 4 and 8 ranks against a model, and what it says of more
 
@@ -48,28 +49,29 @@ def title(network: str, rate: float | None, where: str) -> str:
 
 def show(measured: Results, rate: float | None) -> None:
     """A table of the contenders; ratios are to the faster of DDP's two ways, where those were measured."""
-    medians = {name: statistics.median(each["seconds"]) for name, each in measured.items()}
+    medians, sent = (
+        {name: statistics.median(each[what]) for name, each in measured.items()} for what in ("seconds", "bytes_sent")
+    )
     best = min((name for name in BEST_OF if name in measured), key=lambda name: medians[name], default=None)
     heads = "step ms", "DDP / it", "MB sent", "/ DDP", "limit ms", "overlap", "state / DDP"
     print(f"{'':28}" + "".join(f"{head:>12}" for head in heads))
     for name, each in measured.items():
-        dense = measured[best] if best else None
         cells = [
             f"{medians[name] * 1e3:.1f}",
             f"{medians[best] / medians[name]:.2f}" if best else "-",
-            f"{each['bytes_sent'] / 1e6:.2f}",
-            f"{each['bytes_sent'] / dense['bytes_sent']:.4f}" if dense else "-",
-            f"{each['bytes_sent'] * 8 / rate / 1e6:.1f}" if rate else "-",
-            f"{each['overlap']:.2f}" if each["overlap"] is not None else "-",
-            f"{each['state_bytes'] / dense['state_bytes']:.4f}" if dense else "-",
+            f"{sent[name] / 1e6:.2f}",
+            f"{sent[name] / sent[best]:.4f}" if best else "-",
+            f"{sent[name] * 8 / rate / 1e6:.1f}" if rate else "-",
+            f"{statistics.median(each['overlaps']):.2f}" if each["overlaps"] else "-",
+            f"{each['state_bytes'] / measured[best]['state_bytes']:.4f}" if best else "-",
         ]
         print(f"{name:28}" + "".join(f"{cell:>12}" for cell in cells))
 
 
-def compare(kind: str, networks: list[str], turns: int, only: str) -> None:
+def compare(kind: str, networks: list[str], turns: int, only: str, loopback: bool) -> None:
     """A table for each network and rate."""
-    with Hosts(2) if Hosts.possible() else nullcontext() as hosts:
-        where = "2 hosts" if hosts else "2 ranks on one host (no root, or no iproute2)"
+    with Hosts(2) if Hosts.possible() and not loopback else nullcontext() as hosts:
+        where = "2 hosts" if hosts else f"2 ranks on one host{'' if loopback else ' (no root, or no iproute2)'}"
         for network in networks:
             for rate in RATES if hosts else (None,):
                 if hosts:
@@ -100,6 +102,7 @@ def main() -> None:
     parser.add_argument("--networks", nargs="+", default=list(STEPS), choices=list(STEPS))
     parser.add_argument("--turns", type=int, default=3)
     parser.add_argument("--only", default="", metavar="TEXT", help="only contenders with this in their names")
+    parser.add_argument("--loopback", action="store_true")
     parser.add_argument("--tune", action="store_true")
     parser.add_argument("--scale", action="store_true")
     given = parser.parse_args()
@@ -108,9 +111,9 @@ def main() -> None:
         scale(given.networks[0])
     elif given.tune:
         for kind in ("bucket_sizes", "packings"):
-            compare(kind, given.networks, given.turns, given.only)
+            compare(kind, given.networks, given.turns, given.only, given.loopback)
     else:
-        compare("contenders", given.networks, given.turns, given.only)
+        compare("contenders", given.networks, given.turns, given.only, given.loopback)
 
 
 if __name__ == "__main__":

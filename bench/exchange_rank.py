@@ -7,12 +7,11 @@ import gc
 import importlib.util
 import json
 import os
-import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -53,14 +52,15 @@ class Running:
     state_bytes: Callable[[], int]
 
 
-@dataclass(frozen=True)
+@dataclass
 class Measured:
-    """Of one contender: each step's seconds on the slowest rank, bytes a rank sent in a step, the optimizer's state."""
+    """Of one contender: each step's seconds on the slowest rank and its overlap, where that is known; for each turn the
+    bytes that rank 0 sent in a step; the optimizer's state."""
 
-    seconds: list[float]
-    bytes_sent: float
-    state_bytes: int
-    overlap: float | None
+    seconds: list[float] = field(default_factory=list)
+    overlaps: list[float] = field(default_factory=list)
+    bytes_sent: list[float] = field(default_factory=list)
+    state_bytes: int = 0
 
 
 class Perceptron(hpcprune.Classifier):
@@ -220,20 +220,17 @@ class Bench:
                 for _ in range(3):  # DDP sorts its buckets after the first
                     running.step()
                 self.world.barrier("bench")
-                seconds, overlaps, before = [], [], wire_bytes(self.world)
+                found, seconds, before = into.setdefault(name, Measured()), [], wire_bytes(self.world)
                 for _ in range(steps):
                     start = time.perf_counter()
-                    overlaps.append(running.step())
+                    overlap = running.step()
                     seconds.append(time.perf_counter() - start)
+                    found.overlaps += [] if overlap is None else [overlap]
                 self.world.barrier("bench")
-                sent = (wire_bytes(self.world) - before) / steps
-                state = running.state_bytes()
+                found.bytes_sent.append((wire_bytes(self.world) - before) / steps)
+                found.state_bytes = running.state_bytes()
             gc.collect()
-            slowest = [max(each) for each in zip(*self.world.allgather(seconds, "bench"), strict=True)]
-            known = [overlap for overlap in overlaps if overlap is not None]
-            earlier = into[name].seconds if name in into else []
-            overlap = statistics.median(known) if known else None
-            into[name] = Measured(earlier + slowest, sent, state, overlap)
+            found.seconds += [max(each) for each in zip(*self.world.allgather(seconds, "bench"), strict=True)]
 
 
 def _power_sgd(_: DistributedDataParallel) -> tuple[Any, Any]:

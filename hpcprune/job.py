@@ -77,7 +77,7 @@ class Checkpoint(Section):
     """When a run is saved, so that the same command goes on where it was cut."""
 
     every_steps: Count | None = None
-    """Optimizer steps between checkpoints; null saves at the end of every training and round."""
+    """Optimizer steps between checkpoints; null saves after every pruning and every training alone."""
     every_minutes: Positive | None = None
     """Minutes between checkpoints, by the clock of rank 0; may be given beside `every_steps`."""
     keep: Count = 2
