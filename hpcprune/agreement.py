@@ -20,7 +20,7 @@ import torch
 from hpcprune.checkpoint import State
 from hpcprune.checkpoint.format import Array, weights_of
 from hpcprune.checkpoint.portion import portion_of
-from hpcprune.errors import NumericsError, WorldError
+from hpcprune.errors import GOING_ON, NumericsError, WorldError
 from hpcprune.tensors import to_tensor
 from hpcprune.world import World, as_ranges
 
@@ -49,9 +49,8 @@ def check_weights(state: State, world: World, what: str) -> None:
     spoilt = [digest.name for digest in digests if not digest.finite]
     if spoilt:
         raise NumericsError(
-            f"{what}: NaN or infinite weights in {', '.join(spoilt[:4])}{' and others' if spoilt[4:] else ''}; nothing "
-            "is written. Lower the learning rate or clip the gradients (clip_norm), then run again: it goes on from "
-            "the last checkpoint"
+            f"{what}: NaN or infinite weights in {', '.join(spoilt[:4])}{' and others' if spoilt[4:] else ''}; lower "
+            f"the learning rate or clip the gradients (clip_norm). {GOING_ON}"
         )
 
 

@@ -89,6 +89,7 @@ class Buckets:
         self._buckets = _cut(survivors, size)
         self._bucket_of = {segment.name: bucket for bucket in self._buckets for segment in bucket.segments}
         self._add, self._send, self._what = False, False, ""
+        self._inside = False
         self._next = 0
         self._pending: list[Pending] = []
         self._began = 0.0
@@ -118,7 +119,9 @@ class Buckets:
             self._sums = {}
         for bucket in self._buckets:
             bucket.missing = {segment.name for segment in bucket.segments}
+        self._inside = True
         loss.backward()  # type: ignore[no-untyped-call]
+        self._inside = False
         for bucket in self._buckets:
             for segment in bucket.segments:
                 if segment.name in bucket.missing:  # this batch did not use it
@@ -144,6 +147,11 @@ class Buckets:
 
     def _watch(self, segment: Segment) -> Callable[[Tensor], None]:
         def finished(_: Tensor) -> None:
+            if not self._inside:
+                raise TaskError(
+                    f"{segment.name} got a gradient outside the training's own backward pass; where the task's predict "
+                    "or loss needs one of its own, use torch.autograd.grad with respect to its inputs"
+                )
             if segment.name not in self._bucket_of[segment.name].missing:
                 raise TaskError(
                     f"{self._what}: {segment.name} got gradients twice in one backward pass, and the first were packed "

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 
 __all__ = [
+    "GOING_ON",
     "CheckpointError",
     "HpcpruneError",
     "JobError",
@@ -21,6 +22,13 @@ __all__ = [
     "short",
     "show",
 ]
+
+
+# The end of the message of a run that diverged: what its user would change is part of what the job is.
+GOING_ON = (
+    "The last checkpoint, if there is one, is kept, and the same command goes on from it. A changed job needs a folder "
+    "of its own (--out), and can begin with this one's dense network, once there is one (weights: its dense.h5)"
+)
 
 
 class HpcpruneError(Exception):

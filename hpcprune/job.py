@@ -172,8 +172,8 @@ class Job(Section):
     def digest(self) -> str:
         """sha256 (hex) over what determines the result: a folder of an equal digest may be gone on with.
 
-        Not in it: out, evaluate, checkpoint, world, how gradients are carried, where the files lie. In it: the contents
-        of the task's file.
+        Not in it: out, evaluate, checkpoint, world, how gradients are carried (but for bucket_mb with top_k), where the
+        files lie. In it: the contents of the task's file.
         """
         sha = hashlib.sha256(json.dumps(_determining(self), sort_keys=True).encode())
         if self.task_file is not None and self.task_file.is_file():

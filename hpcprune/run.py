@@ -12,7 +12,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from hpcprune.errors import NumericsError
+from hpcprune.errors import CheckpointError, NumericsError
 from hpcprune.evaluate import evaluate
 from hpcprune.exchange.choose import open_exchange
 from hpcprune.exchange.wire import travelling_dtypes
@@ -68,8 +68,11 @@ class Run:
         self._resume()
         try:
             self._do_rounds()
-        except NumericsError:
-            self.saver.finish(self.ledger)  # all ranks raise it in the same place, and what was begun before is good
+        except NumericsError as diverged:
+            try:
+                self.saver.finish(self.ledger)  # all ranks raise it in the same place; what was begun before is good
+            except CheckpointError as error:
+                raise NumericsError(f"{diverged}. Besides, {error}") from error
             raise
         self._finish()
         self.exchange.close()
@@ -178,6 +181,7 @@ class Run:
         self.saver.finish(self.ledger)
         self._end(trainer)
         average_batch_norm(self.model, self.world)
+        self.saver.check(self.masks, ledger, f"{stage}, after its last step")
 
     def _begin(self, stage: str) -> Trainer:
         return begin_stage(

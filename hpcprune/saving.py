@@ -98,12 +98,18 @@ class Saver:
         with ledger.timed("checkpoint"):
             self._writer.finish()
 
+    def check(self, masks: Masks, ledger: Ledger, what: str) -> None:
+        """WorldError or NumericsError, on all ranks, if their weights differ or are not finite. Collective."""
+        with ledger.timed("checkpoint"):
+            check_weights(self._result(masks, ledger), self._world, what)
+
     def write_result(self, path: Path, masks: Masks, ledger: Ledger) -> str:
         """Write the model under its masks and what describes the run; its sha256. Collective."""
         with ledger.timed("checkpoint"):
-            return self._world.lead(
-                lambda: write_model(path, self._state(masks, ledger, {}, {}, {})), f"writing {path.name}"
-            )
+            return self._world.lead(lambda: write_model(path, self._result(masks, ledger)), f"writing {path.name}")
+
+    def _result(self, masks: Masks, ledger: Ledger) -> State:
+        return self._state(masks, ledger, {}, {}, {})
 
     def _state(
         self,

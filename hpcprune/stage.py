@@ -67,9 +67,13 @@ def begin_stage(
         bucket_mb = job.retrain.bucket_mb
         return Trainer(task, model, survivors, data, left, plan, world, exchange, name, sender, bucket_mb)
 
-    if pruned is not None and plan.steps and ledger.packed is None:
-        ledger.packed, why = _choose_packing(job) or packing_pays(pruned, begin, prepared.model, world)
-        display.say(f"round {ledger.round}/{job.prune.rounds}: {why}")
+    if pruned is not None and plan.steps:
+        chosen = _choose_packing(job)
+        if chosen is None and ledger.packed is None:
+            chosen = packing_pays(pruned, begin, prepared.model, world)
+        if chosen is not None and chosen[0] != ledger.packed:
+            ledger.packed, why = chosen
+            display.say(f"round {ledger.round}/{job.prune.rounds}: {why}")
     trainer = begin(ledger.packed is not False)
     if carried.optimizer:
         trainer.load_optimizer_state(carried.optimizer, carried.masks)
@@ -77,14 +81,16 @@ def begin_stage(
 
 
 def _choose_packing(job: Job) -> tuple[bool, str] | None:
-    """Whether to pack, and a sentence that says why; None where that is to be tried."""
+    """Whether to pack, and a sentence that says why; None where that is to be tried, unless it was in this round."""
     if job.retrain.top_k is not None:
-        # Among how many the largest are chosen changes the result, so it must not hang on a measurement.
         return True, "survivors are packed, as top_k needs"
     if job.retrain.packing == "always":
         return True, "survivors are packed, as retrain.packing says"
     if job.retrain.packing == "never":
         return False, "all gradients are sent, as retrain.packing says"
+    if job.retrain.clip_norm is not None:
+        # In which order the norm's squares are summed changes its last bits, which must not hang on a measurement.
+        return True, "survivors are packed: clip_norm is given, and its result would hang on the choice"
     return None
 
 

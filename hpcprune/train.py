@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset, default_collate
 
 from hpcprune.buckets import Buckets, Sender
-from hpcprune.errors import JobError, NumericsError
+from hpcprune.errors import GOING_ON, JobError, NumericsError
 from hpcprune.exchange import Exchange
 from hpcprune.exchange.wire import Wire
 from hpcprune.masks import Masks
@@ -194,7 +194,7 @@ class Trainer:
         ]
         raise NumericsError(
             f"{what}: NaN or infinite values on {'; '.join(places[:4])}; lower the learning rate, clip the gradients "
-            "(clip_norm) or look at the data, then run again: it goes on from the last checkpoint"
+            f"(clip_norm) or look at the data. {GOING_ON}"
         )
 
     def _indices(self, number: int) -> list[int]:

@@ -133,7 +133,8 @@ class Retraining(Training):
     """Megabytes of packed gradients, at least, that are sent as one (a parameter is not cut): less starts earlier, more
     costs less each."""
     wire: Literal["float32", "bfloat16", "float16"] = "float32"
-    """The dtype in which gradients wider than it travel; float32 approximates nothing."""
+    """The 16-bit dtype in which wider gradients travel; with float32 each travels in its own dtype, and nothing is
+    approximated."""
     packing: Literal["auto", "always", "never"] = "auto"
     """Whether the survivors' gradients are packed, or all gradients travel; auto tries both in a few steps at the start
     of a round where more than an eighth of the weights survive, and packs below."""

@@ -39,6 +39,21 @@ class Scripted:
         self.closed = True
 
 
+class Counting(nn.Module):
+    """A model that counts its calls in a buffer that no state dict holds."""
+
+    calls: torch.Tensor
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+        self.register_buffer("calls", torch.zeros(()), persistent=False)
+
+    def forward(self, inputs: torch.Tensor) -> Any:
+        self.calls += 1
+        return self.model(inputs)
+
+
 def decide(packed: float, whole: float) -> tuple[bool, str]:
     """What is decided where each way's first step takes a second and its fastest takes so long."""
     begun: dict[bool, Any] = {}
@@ -80,9 +95,9 @@ def test_where_little_is_left_nothing_is_tried() -> None:
 
 def test_trying_leaves_the_model_as_it_was() -> None:
     task = Small(norm=True, dropout=True)
-    model = task.model()
+    model = Counting(task.model())
     masks = pruned(0.5, model)
-    before = {name: value.clone() for name, value in model.state_dict().items()}
+    before = {name: value.clone() for name, value in (*model.named_parameters(), *model.named_buffers())}
 
     def make(packing: bool) -> Trainer:
         begun = begin(task, masks=masks, model=model, survivors=Survivors(model, masks, packing=packing))
@@ -90,7 +105,8 @@ def test_trying_leaves_the_model_as_it_was() -> None:
 
     _, why = packing_pays(masks, make, model, World.alone())
     assert "a step takes" in why
-    after = model.state_dict()
+    after = dict([*model.named_parameters(), *model.named_buffers()])
+    assert "calls" in after
     assert all(torch.equal(after[name], value) for name, value in before.items())
     assert all(parameter.grad is None for parameter in model.parameters())
     assert not any(parameter._post_accumulate_grad_hooks for parameter in model.parameters())

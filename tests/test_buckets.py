@@ -151,6 +151,13 @@ def test_a_parameter_that_backward_finishes_twice_is_an_error_and_not_half_a_gra
         buckets.close()
 
 
+def test_a_backward_pass_of_the_tasks_own_is_an_error() -> None:
+    model, _, _, buckets = setting()
+    with pytest.raises(TaskError, match=r"last\.\w+ got a gradient outside .* torch\.autograd\.grad"):
+        loss_of(model).backward()
+    buckets.close()
+
+
 def test_a_sparse_gradient_is_refused_by_its_parameters_name() -> None:
     model = nn.Sequential(nn.Embedding(5, 3, sparse=True), nn.Linear(3, 2))
     buckets = Buckets(Survivors(model), Recorder(model), 1)

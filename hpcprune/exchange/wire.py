@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from hpcprune.errors import NumericsError
+from hpcprune.errors import GOING_ON, NumericsError
 from hpcprune.exchange import Exchange, Pending
 
 if TYPE_CHECKING:
@@ -77,5 +77,5 @@ class Wire:
         wider = "bfloat16 or float32" if self._dtype == torch.float16 else "float32"
         raise NumericsError(
             f"{what}: a sum over the ranks does not fit {str(self._dtype).removeprefix('torch.')}, in which gradients "
-            f"travel; write wire: {wider}, and run again: it goes on from the last checkpoint"
+            f"travel; write wire: {wider}. {GOING_ON}"
         )

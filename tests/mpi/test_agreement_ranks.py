@@ -88,5 +88,5 @@ def test_weights_that_are_not_finite_are_named(mpirun: Launch, script: Path, ran
     done = mpirun(ranks, script)
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
-    assert found["NaN"].startswith("checkpoint of step 7: NaN or infinite weights in conv.weight, out.weight; nothing ")
-    assert found["infinite"].startswith("checkpoint of step 7: NaN or infinite weights in fc.bias; nothing is written")
+    assert found["NaN"].startswith("checkpoint of step 7: NaN or infinite weights in conv.weight, out.weight; lower ")
+    assert found["infinite"].startswith("checkpoint of step 7: NaN or infinite weights in fc.bias; lower the learning ")

@@ -148,6 +148,35 @@ def test_what_was_chosen_for_a_round_is_kept_before_its_first_step(
     assert_same_weights(read_model(out / "model.h5"), read_model(uninterrupted / "model.h5"))
 
 
+def assert_obeyed(mpirun: Launch, message: str, out: Path, *more: str) -> None:
+    """What a run that diverged says of a changed job works."""
+    assert "A changed job needs a folder of its own (--out), and can begin with this one's dense network" in (
+        " ".join(message.split())
+    )
+    changed = (*more, "retrain.clip_norm=1", f"weights={out / 'dense.h5'}")
+    assert "the run of another job" in " ".join(run(mpirun, out, 2, *changed).stderr.split())
+    done = run(mpirun, out.with_name("changed"), 2, *changed)
+    assert done.returncode == 0, done.stderr
+
+
+def test_weights_that_are_not_finite_are_never_saved(mpirun: Launch, tmp_path: Path) -> None:
+    """They became so in the last step, so that no loss shows it."""
+    out = tmp_path / "run"
+    spoilt = run(mpirun, out, 2, "train.epochs=null", "train.steps=1", "train.optimizer={lr: 3e38, weight_decay: 1000}")
+    assert spoilt.returncode == 2 and spoilt.stderr.count("hpcprune: error") == 1
+    assert "train, after its last step: NaN or infinite weights in 0.weight, " in " ".join(spoilt.stderr.split())
+    assert not list(out.rglob("*.h5"))
+
+
+def test_packing_may_change_in_the_middle_of_a_round(mpirun: Launch, tmp_path: Path, uninterrupted: Path) -> None:
+    out = tmp_path / "run"
+    assert run(mpirun, out, 2, PACK, TINY="kill:0:50").returncode != 0
+    resumed = run(mpirun, out, 2, "retrain.packing=never")
+    assert resumed.returncode == 0, resumed.stderr
+    assert "round 1/2: all gradients are sent, as retrain.packing says" in resumed.stdout
+    assert_same_weights(read_model(out / "model.h5"), read_model(uninterrupted / "model.h5"))
+
+
 @pytest.mark.parametrize(
     "more",
     [(), ("retrain.wire=bfloat16",), ("retrain.optimizer={name: sgd, lr: 0.02}", "retrain.top_k={share: 0.2}")],
@@ -162,6 +191,7 @@ def test_nan_on_one_rank_ends_all_with_its_place_and_the_checkpoint_under_way_is
     assert spoilt.stderr.count("hpcprune: error") == 1 and "Traceback" not in spoilt.stderr
     said = "retrain 1: step 14: NaN or infinite values on rank 1: the gradient of 6.bias (loss nan); lower the learning"
     assert said in " ".join(spoilt.stderr.split())
+    assert_obeyed(mpirun, spoilt.stderr, out, *more)
     assert newest_step(out / "checkpoints") == (out / "checkpoints/step-00000040", [])
     resumed = run(mpirun, out, 2, *more)
     assert resumed.returncode == 0, resumed.stderr
@@ -172,7 +202,11 @@ def test_weights_that_differ_between_ranks_are_never_saved(mpirun: Launch, tmp_p
     out = tmp_path / "run"
     spoilt = run(mpirun, out, TINY="spoil:1:15")
     assert spoilt.returncode == 2
-    assert spoilt.stderr.count("step 20: the ranks' weights differ in 6.bias (rank 1 unlike rank 0); ") == 1
+    # At step 20, or later where the disk is slow.
+    said = re.findall(
+        r"checkpoint of step (\d+): the ranks' weights differ in 6\.bias \(rank 1 unlike rank 0\); ", spoilt.stderr
+    )
+    assert len(said) == 1 and int(said[0]) >= 20
     assert newest_step(out / "checkpoints") == (out / "checkpoints/step-00000010", [])
 
 
@@ -212,7 +246,9 @@ def test_a_signal_stops_with_a_checkpoint_and_the_run_goes_on_bit_for_bit(
     assert "run the same command again" in stdout
     path, passed_over = newest_step(out / "checkpoints")
     assert path is not None and not passed_over
-    assert read_step(path).about["ledger"]["step"] % 10, "the signal should have fallen between two regular checkpoints"
+    assert read_step(path).about["ledger"]["run_step"] % 10, (
+        "the signal should have fallen between two regular checkpoints"
+    )
     resumed = run(mpirun, out)
     assert resumed.returncode == 0, resumed.stderr
     assert_same_weights(read_model(out / "model.h5"), read_model(uninterrupted / "model.h5"))
