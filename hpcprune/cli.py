@@ -90,6 +90,71 @@ def plan(job: Path, overrides: tuple[str, ...], ranks: int) -> None:
         print_plan(make_plan(loaded, prepare(loaded, world), ranks), Console())
 
 
+class _WithFlags(click.Command):
+    """A command that leaves what is behind `--` to another program, as ctx.meta["flags"]."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        at = args.index("--") if "--" in args else len(args)
+        ctx.meta["flags"] = args[at + 1 :]
+        return super().parse_args(ctx, args[:at])
+
+    def collect_usage_pieces(self, ctx: click.Context) -> list[str]:
+        return [*super().collect_usage_pieces(ctx), "[-- SBATCH FLAGS]"]
+
+
+@cli.command(cls=_WithFlags)
+@JOB
+@OVERRIDES
+@click.option("--nodes", type=click.IntRange(1), help="On how many nodes; flags behind -- say the rest.")
+@click.option("--sweep", metavar="KEY=A,B,...", help="A run for each value of a key, and a comparison of all.")
+@click.option("--dry-run", is_flag=True, help="Print the batch script, and submit nothing.")
+@click.pass_context
+def submit(
+    ctx: click.Context, job: Path, overrides: tuple[str, ...], nodes: int | None, sweep: str | None, dry_run: bool
+) -> None:
+    """Submit JOB to Slurm, in a batch script.
+
+    What is behind -- goes to sbatch: -- --ntasks-per-node=2 --time=2:00:00
+    """
+    from hpcprune import submit as slurm
+
+    swept = slurm.parse_sweep(sweep) if sweep else None
+    out = slurm.run_folder(job, overrides, swept)
+    flags = [*([f"--nodes={nodes}"] if nodes else []), *ctx.meta["flags"]]
+    text = slurm.batch_text(slurm.template("prune.sh"), [str(job), *overrides], flags, swept, out)
+    if dry_run:
+        print(text, end="")
+        return
+    number = slurm.sbatch(text)
+    print(f"job {number}; it writes into hpcprune-{number}.out, and `hpcprune status {out}` says how far it is")
+    if swept:
+        page = f"{out}/comparison.html"
+        arguments = [*(swept.folder(out, value) for value in swept.values), "--out", page]
+        last = slurm.sbatch(
+            slurm.batch_text(slurm.template("compare.sh"), arguments, [f"--dependency=afterany:{number}"])
+        )
+        print(f"job {last} compares the runs when all have ended: hpcprune-compare-{last}.out, {page}")
+
+
+@cli.command()
+@click.argument("folders", nargs=-1, type=click.Path(path_type=Path), metavar="[DIR]...")
+@click.option("--json", "as_json", is_flag=True, help="Print a JSON list.")
+def status(folders: tuple[Path, ...], as_json: bool) -> None:
+    """Show how far runs are.
+
+    DIR is a run's folder, or one with runs in it; runs/ if none is given.
+    """
+    from rich.console import Console
+
+    from hpcprune import status as runs
+
+    statuses = runs.look(runs.find_runs(folders or (Path("runs"),)))
+    if as_json:
+        print(runs.as_json(statuses))
+    else:
+        runs.print_statuses(statuses, Console())
+
+
 @cli.command()
 @click.argument("path", type=click.Path(path_type=Path))
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
@@ -120,6 +185,34 @@ def diff(first: Path, second: Path) -> None:
 
 
 @cli.command()
+@click.argument("folders", nargs=-1, required=True, type=click.Path(path_type=Path), metavar="DIR...")
+@click.option(
+    "--out", type=click.Path(path_type=Path), help="Write a page with the table and a plot, such as all.html."
+)
+def compare(folders: tuple[Path, ...], out: Path | None) -> None:
+    """Show the results of several runs side by side.
+
+    DIR is a run's folder, or one with runs in it. Exit status 1: some are not complete.
+    """
+    from rich.console import Console
+
+    from hpcprune.folder import RunFolder
+    from hpcprune.report.compare import print_comparison, write_comparison
+    from hpcprune.status import find_runs
+
+    runs = [RunFolder(path) for path in find_runs(folders)]
+    reports = [run.read_report() for run in runs if run.complete]
+    for run in runs:
+        if not run.complete:
+            print(f"{run.path}: not complete, left out")
+    if reports:
+        print_comparison(reports, Console())
+    if reports and out is not None:
+        write_comparison(reports, out)
+    sys.exit(0 if len(reports) == len(runs) else 1)
+
+
+@cli.command()
 @click.argument("source", type=click.Path(path_type=Path))
 @click.option("--to", "kind", required=True, help="safetensors, torch or h5.")
 @click.argument("target", type=click.Path(path_type=Path))
@@ -131,16 +224,23 @@ def export(source: Path, kind: str, target: Path) -> None:
 
 
 @cli.command()
-def doctor() -> None:
+@click.option("--launch", is_flag=True, help="Only see whether the ranks that were started find each other.")
+def doctor(launch: bool) -> None:
     """Try one of each thing that a run needs, and say what works, what does not, and the fix."""
     from rich.console import Console
 
-    from hpcprune.doctor.finding import exit_code, print_findings
-    from hpcprune.doctor.visit import run_doctor
     from hpcprune.world import World
 
     world = World.of(None, timeout=60)
     with world.guard():
+        if launch:
+            world.check_size()
+            world.barrier("launch")
+            return
+
+        from hpcprune.doctor.finding import exit_code, print_findings
+        from hpcprune.doctor.visit import run_doctor
+
         findings = run_doctor(world)
         if world.rank == 0:
             print_findings(findings, Console())

@@ -3,6 +3,7 @@
 runs/mnist/
   job.yaml            the job as resolved, and the digest that tells this job's run from another's
   metrics.jsonl       a line for each step and each evaluation
+  status.json         where the run stands, every few seconds (see beat.py)
   checkpoints/        the newest complete steps
   dense.h5 model.h5   the network before and after
   report.html         report.json is written last: a folder that has it holds a complete run
@@ -36,6 +37,7 @@ class RunFolder:
         self.path = Path(path)
         self.job = self.path / "job.yaml"
         self.metrics = self.path / "metrics.jsonl"
+        self.status = self.path / "status.json"
         self.checkpoints = self.path / "checkpoints"
         self.dense = self.path / "dense.h5"
         self.model = self.path / "model.h5"

@@ -12,12 +12,14 @@ import time
 from pathlib import Path
 from typing import Any
 
+from hpcprune.beat import Pulse
 from hpcprune.errors import CheckpointError, NumericsError
 from hpcprune.evaluate import evaluate
 from hpcprune.exchange.choose import open_exchange
 from hpcprune.exchange.wire import travelling_dtypes
 from hpcprune.folder import RunFolder
 from hpcprune.job import Job
+from hpcprune.launch import check_code, check_folder
 from hpcprune.ledger import Ledger
 from hpcprune.masks import Masks
 from hpcprune.native.library import describe
@@ -48,15 +50,19 @@ class Run:
     def __init__(self, job: Job, world: World, display: Display, stop: StopFlag, folder: RunFolder) -> None:
         """Prepare the run: what is wrong with the job, the task, the weights or the folder is found here."""
         self.job, self.world, self.display, self.stop, self.folder = job, world, display, stop, folder
+        odd = check_code(job, world)
         self.prepared = prepare(job, world)
         self.model = self.prepared.model
         dtypes = travelling_dtypes(self.model, job.retrain)
         self.exchange, why = open_exchange(job.retrain.exchange, world, self.prepared.device, dtypes)
         world.lead(lambda: folder.open(job, 2 * self.prepared.dense_bytes), "opening the run's folder")
-        self._introduce(why)
+        check_folder(folder.path, world)
+        self._introduce(why, odd)
         self.masks = Masks.full(self.prepared.layers)
         self.ledger = Ledger()
         self.saver = Saver(job, self.prepared, folder, world)
+        self.pulse = Pulse(folder.status if world.rank == 0 else None)
+        self.pulse.beat.ranks, self.pulse.beat.rounds = world.size, job.prune.rounds
         self._carried = Carried({}, {}, None)
 
     def go(self) -> None:
@@ -77,8 +83,8 @@ class Run:
         self._finish()
         self.exchange.close()
 
-    def _introduce(self, exchange: str) -> None:
-        """Say what runs on what, and what was chosen on its own."""
+    def _introduce(self, exchange: str, odd: str | None) -> None:
+        """Say what runs on what, what was chosen on its own, and what is odd about the launch."""
         world, prepared = self.world, self.prepared
         weights = sum(layer.weights for layer in prepared.layers)
         total = sum(parameter.numel() for parameter in self.model.parameters())
@@ -89,6 +95,8 @@ class Run:
             f"thread{'s' if prepared.threads > 1 else ''} each"
         )
         self.display.say(f"{exchange}; kernels {describe()}")
+        if odd:
+            self.display.say(f"warning: {odd}")
 
     # Rounds
 
@@ -125,6 +133,7 @@ class Run:
 
     def _prune(self) -> None:
         prune, ledger = self.job.prune, self.ledger
+        self._begin_stage("prune")
         sparsity = sparsity_of_round(prune, ledger.round)
         found = prune_layers(
             dict(self.model.named_parameters()),
@@ -156,6 +165,8 @@ class Run:
         packed = ledger.packed
         trainer = self._begin(stage)
         plan, due = trainer.plan, False
+        self._begin_stage(stage, ledger.step, plan.steps)
+        later = (self.job.prune.rounds - ledger.round) * self.prepared.retrain.steps
         if ledger.packed != packed:  # kept before it has any effect: a run that goes on must not choose anew
             self.saver.begin(self.masks, ledger, self._state_of(trainer))
             self.saver.finish(ledger)
@@ -170,6 +181,7 @@ class Run:
                     self._end(trainer)
                     trainer = self._begin(stage)
                 progress.advance(f"loss {step.loss:.4f}")
+                self.pulse.advance(ledger.step, later)
                 if step.written:
                     self.saver.advance(ledger)
                 due |= self.saver.due(ledger.run_step, step.due)
@@ -182,6 +194,11 @@ class Run:
         self._end(trainer)
         average_batch_norm(self.model, self.world)
         self.saver.check(self.masks, ledger, f"{stage}, after its last step")
+
+    def _begin_stage(self, stage: str, step: int = 0, steps: int = 0) -> None:
+        """Tell whoever asks from outside."""
+        self.pulse.beat.round, self.pulse.beat.sparsity = self.ledger.round, self.masks.sparsity
+        self.pulse.begin(stage, step, steps)
 
     def _begin(self, stage: str) -> Trainer:
         return begin_stage(
@@ -233,6 +250,7 @@ class Run:
 
     def _evaluate(self, when: str) -> None:
         start = time.perf_counter()
+        self._begin_stage("evaluate")
         task, data = self.prepared.task, self.prepared.data
         metrics = evaluate(task, self.model, data.test, self.job.evaluate.batch_size, self.world)
         seconds = time.perf_counter() - start
@@ -246,6 +264,7 @@ class Run:
             "seconds": seconds,
         }
         self.ledger.evaluations.append(found)
+        self.pulse.beat.metrics = metrics
         self._log("evaluation", **found)
         figures = "  ".join(f"{name} {value:.4f}" for name, value in metrics.items())
         self.display.say(f"round {self.ledger.round}/{self.job.prune.rounds}: {when}: {figures}")

@@ -17,7 +17,7 @@ from hpcprune.cli import cli
 from tests.commands import Command
 from tests.conftest import ROOT
 
-COMMANDS = ["check", "diff", "doctor", "export", "plan", "run", "show"]
+COMMANDS = ["check", "compare", "diff", "doctor", "export", "plan", "run", "show", "status", "submit"]
 HEAVY = ("torch", "torchmetrics", "matplotlib", "mpi4py", "hpcprune.run")
 # Runs a command and says what it has imported.
 STARTED = f"""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shlex
 from pathlib import Path
+from typing import Any
 
 import yaml
 from jinja2 import Environment, PackageLoader, StrictUndefined
@@ -13,25 +14,16 @@ from hpcprune.report.units import as_bytes, as_count, as_metric, as_percent, as_
 from hpcprune.report.verdicts import findings, headline, metric_names, rows
 from hpcprune.report.write import finite, write_text
 
-__all__ = ["write_html"]
+__all__ = ["render", "write_html"]
 
 
 def write_html(report: Report, path: Path) -> None:
     """Write report.html, one file that loads nothing. Raises JobError if it cannot be written."""
     from hpcprune.report import plots  # matplotlib takes half a second to import, and is needed here alone
 
-    environment = Environment(
-        loader=PackageLoader("hpcprune.report", "."),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        finalize=lambda value: plain(value, keep="\n") if type(value) is str else value,
-    )
-    formats = (as_bytes, as_count, as_metric, as_percent, as_seconds)
-    environment.filters.update({f.__name__.removeprefix("as_"): f for f in formats})
-    figures = {name: getattr(plots, name)(report) for name in plots.__all__}
-    page = environment.get_template("report.html.j2").render(
+    figures = {name: getattr(plots, name)(report) for name in plots.FIGURES}
+    page = render(
+        "report.html.j2",
         report=report,
         title=plain(Path(report["out"]).name or report["out"]),
         headline=headline(report),
@@ -43,6 +35,21 @@ def write_html(report: Report, path: Path) -> None:
         again=_again(report),
     )
     write_text(path, page)
+
+
+def render(template: str, **values: Any) -> str:
+    """A page from a template beside this file. Texts are escaped, and control characters taken out."""
+    environment = Environment(
+        loader=PackageLoader("hpcprune.report", "."),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        finalize=lambda value: plain(value, keep="\n") if type(value) is str else value,
+    )
+    formats = (as_bytes, as_count, as_metric, as_percent, as_seconds)
+    environment.filters.update({f.__name__.removeprefix("as_"): f for f in formats})
+    return environment.get_template(template).render(**values)
 
 
 def _again(report: Report) -> list[str]:

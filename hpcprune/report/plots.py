@@ -6,6 +6,7 @@ Blue is the pruned network, grey the dense one; what is compared differs in ligh
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from itertools import pairwise
 from typing import Any
 
@@ -19,7 +20,9 @@ from hpcprune.report.format import CurvePoint, Evaluation, Report
 from hpcprune.report.svg import BAND, DASHES, DENSE, INK, LINE, MUTED, OTHER, PRUNED, note, svg
 from hpcprune.report.units import as_count, as_percent, as_seconds, is_share, plain
 
-__all__ = ["layers", "load", "loss", "over_rounds", "over_sparsity", "stages", "weights"]
+__all__ = ["FIGURES", "compared", "layers", "load", "loss", "over_rounds", "over_sparsity", "stages", "weights"]
+
+FIGURES = ("layers", "load", "loss", "over_rounds", "over_sparsity", "stages", "weights")  # of a report's page
 
 Column = npt.NDArray[np.float64]
 # From here on bars stand side by side with an index below them instead of a name beside each.
@@ -52,6 +55,27 @@ def over_sparsity(report: Report) -> str:
             axes.set_xlim(-4, 104)
 
     return svg("over-sparsity", f"{name} over sparsity, after retraining", draw)
+
+
+def compared(reports: Sequence[Report]) -> str:
+    """The primary metric of several runs after their last round, over sparsity, with the dense network of each."""
+    name = reports[0]["primary"]
+    scale, unit = (100, ", %") if is_share(name) else (1, "")
+    found = [(e["sparsity"], v) for r in reports if (v := _metric(e := r["evaluations"][-1], name)) is not None]
+    if not found:
+        return ""
+    found.sort()
+
+    def draw(figure: Figure) -> None:
+        axes = figure.subplots()
+        axes.set_title(plain(name) + unit)
+        axes.set_xlabel("sparsity, %")
+        axes.plot([100 * s for s, _ in found], [scale * v for _, v in found], color=PRUNED, marker="o")
+        for report in reports:
+            _baseline(axes, report, scale)
+        axes.margins(x=0.04, y=0.18)
+
+    return svg("compared", f"{name} of {len(reports)} runs over sparsity", draw, width=900, height=300)
 
 
 def over_rounds(report: Report) -> str:

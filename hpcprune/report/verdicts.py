@@ -26,7 +26,7 @@ from hpcprune.report.units import (
     plain,
 )
 
-__all__ = ["Finding", "Row", "findings", "headline", "metric_names", "rows"]
+__all__ = ["Finding", "Row", "findings", "first_and_last", "headline", "metric_names", "ratios", "rows"]
 
 # Two timings closer than this cannot be told apart on a machine that does anything else; sizes are exact.
 TIME_NOISE = 0.10
@@ -56,7 +56,7 @@ class Finding(NamedTuple):
 
 def rows(report: Report) -> list[Row]:
     """The result table, dense against pruned. What was not measured on either side has no row."""
-    dense, pruned = _first_and_last(report)
+    dense, pruned = first_and_last(report)
     found = [_quality(name, dense.get(name), pruned.get(name), report) for name in metric_names(report)]
     costs = _costs(report)
     for cost in costs.values():
@@ -67,6 +67,11 @@ def rows(report: Report) -> list[Row]:
             word, good = word + ", on paper", None
         found.append(Row(cost.label, cost.show(cost.old), cost.show(cost.new), cost.ratio, word, good))
     return [row for row in found if (row.dense, row.pruned) != (DASH, DASH)]
+
+
+def ratios(report: Report) -> dict[str, str]:
+    """What became smaller or faster by how much, by the labels of the result table; "" where it was not measured."""
+    return {label: cost.ratio for label, cost in _costs(report).items()}
 
 
 def findings(report: Report) -> list[Finding]:
@@ -165,7 +170,7 @@ def headline(report: Report) -> list[tuple[str, str, str]]:
     """The four figures on top: label, figure, and what it means."""
     weights, survivors = _weights(report)
     sparsity = as_percent(1 - survivors / weights if weights else 0.0)
-    dense, pruned = _first_and_last(report)
+    dense, pruned = first_and_last(report)
     name = report["primary"]
     old, new = dense.get(name), pruned.get(name)
     change = as_change(name, old, new)
@@ -189,7 +194,7 @@ def headline(report: Report) -> list[tuple[str, str, str]]:
     return found
 
 
-def _first_and_last(report: Report) -> tuple[dict[str, float | None], dict[str, float | None]]:
+def first_and_last(report: Report) -> tuple[dict[str, float | None], dict[str, float | None]]:
     """Metrics of the dense network, and of the last state of the pruned one."""
     dense = next((e["metrics"] for e in report["evaluations"] if e["when"] == "dense"), {})
     return dense, next((e["metrics"] for e in reversed(report["evaluations"]) if e["when"] != "dense"), {})

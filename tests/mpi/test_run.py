@@ -48,6 +48,7 @@ def test_a_run_leaves_its_result_and_its_report(uninterrupted: Path) -> None:
     assert {path.name for path in uninterrupted.iterdir()} == {
         "job.yaml",
         "metrics.jsonl",
+        "status.json",
         "checkpoints",
         "dense.h5",
         "model.h5",
