@@ -23,7 +23,8 @@ PATIENCE = 60.0  # seconds for sbatch's answer
 FIXES = {
     "invalid partition": "sinfo shows which there are",
     "node configuration is not available": "sinfo -o '%P %D %c %m %G' shows what the nodes have",
-    "node count specification invalid": "sinfo shows how many nodes a partition has",
+    "more processors requested": "sinfo -o '%P %D %c' shows the partitions' nodes and their cores",
+    "generic resource": "sinfo -o '%P %G' shows the GPUs that there are",
     "invalid account": "sacctmgr show assoc user=$USER shows yours",
     "time limit": "sinfo shows the partitions' limits; a job is requeued and goes on when its time is up",
     "unable to contact slurm controller": "look whether SLURM_CONF is right and the cluster is up (scontrol ping)",

@@ -1,0 +1,121 @@
+"""hpcprune submit and status on a real Slurm: sweeps, what is refused, and what is seen of a run while it runs."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from hpcprune.checkpoint import read_model
+from tests.conftest import ROOT
+from tests.slurm.conftest import Slurm, SlurmJob
+from tests.slurm.test_prune import submit as submit_tiny
+
+pytestmark = pytest.mark.timeout(600)
+TINY = ROOT / "tests/jobs/tiny/job.yaml"
+
+
+def hpcprune(slurm: Slurm, folder: Path, *arguments: str | Path) -> subprocess.CompletedProcess[str]:
+    """Run a command in a folder, as on a login node."""
+    command = [sys.executable, "-m", "hpcprune", *map(str, arguments)]
+    return subprocess.run(
+        command, cwd=folder, env=slurm.environment, capture_output=True, text=True, timeout=60, check=False
+    )
+
+
+def test_a_sweep_ends_in_one_table_and_one_plot(slurm: Slurm, tmp_path: Path) -> None:
+    done = hpcprune(
+        slurm, tmp_path, "submit", TINY, "out=runs/tiny", "--sweep", "prune.sparsity=0.5,0.7,0.9", "--", "--ntasks=1"
+    )
+    assert done.returncode == 0, done.stderr
+    array, last = re.findall(r"^job (\d+)", done.stdout, re.MULTILINE)
+    comparison = SlurmJob(last, tmp_path / f"hpcprune-compare-{last}.out", slurm.environment)
+    assert comparison.end() == "COMPLETED", comparison.text
+    runs = tmp_path / "runs/tiny-sweep"
+    for sparsity in (0.5, 0.7, 0.9):
+        found = read_model(runs / f"prune.sparsity={sparsity}/model.h5").about["sparsity"]
+        assert found == pytest.approx(sparsity, abs=1e-3)
+        assert f"prune.sparsity {sparsity} " in comparison.text
+    page = (runs / "comparison.html").read_text()
+    assert page.count("<svg") == 1 and page.count("<tr>") == 4
+    assert hpcprune(slurm, tmp_path, "status", runs).stdout.count(f"completed, job {array}"[:9]) == 3
+
+
+def test_a_run_is_seen_from_outside_while_it_runs(slurm: Slurm, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    job = submit_tiny(slurm, out)
+
+    def seen() -> dict[str, object]:
+        done = hpcprune(slurm, tmp_path, "status", "--json", out)
+        return json.loads(done.stdout)[0] if done.returncode == 0 else {}
+
+    job.wait(lambda: seen().get("step", 0) > 0 and seen()["round"] == 1, "a step of the first round")
+    found = seen()
+    assert found["state"] == "running" and found["slurm_job"] == job.number and found["ranks"] == 2
+    assert found["left"] > 0 and 0 < found["sparsity"] < 1 and found["metrics"]["accuracy"] > 0.5
+    assert job.end() == "COMPLETED"
+    assert seen()["state"] == "complete"
+
+
+@pytest.mark.parametrize(
+    ("flags", "says"),
+    [
+        (["--partition=gpu"], r"invalid partition specified: gpu.*; sinfo shows which there are"),
+        (["--nodes=99"], r"More processors requested than permitted; sinfo -o '%P %D %c' shows"),
+        (["--mem=900G"], r"node configuration is not available; sinfo -o '%P %D %c %m %G'"),
+        (["--gres=gpu:1"], r"[Ii]nvalid generic resource.*; sinfo -o '%P %G' shows"),
+        (["--frobnicate"], r"unrecognized option.*--frobnicate.*; flags behind -- go to sbatch"),
+    ],
+)
+def test_what_slurm_refuses_is_shown_with_what_to_do(slurm: Slurm, tmp_path: Path, flags: list[str], says: str) -> None:
+    done = hpcprune(slurm, tmp_path, "submit", TINY, "--", *flags)
+    assert done.returncode == 2 and done.stderr.startswith("hpcprune: error: Slurm did not take the job: ")
+    assert re.search(says, done.stderr), done.stderr
+
+
+def test_flags_with_spaces_and_quotes_reach_slurm(slurm: Slurm, tmp_path: Path) -> None:
+    done = hpcprune(slurm, tmp_path, "submit", TINY, "--", "--hold", '--comment=it\'s "mine" alone', "--time", "7")
+    (number,) = re.findall(r"^job (\d+)", done.stdout, re.MULTILINE)
+    job = SlurmJob(number, tmp_path / "none", slurm.environment)
+    assert 'Comment=it\'s "mine" alone' in job._slurm("scontrol", "--oneliner", "show", "job", number)
+    assert job.show()["TimeLimit"] == "00:07:00"
+
+
+def test_a_folder_that_not_all_nodes_see_is_refused(slurm: Slurm, tmp_path: Path) -> None:
+    """/dev/shm is each node's own."""
+    job = slurm.sbatch(
+        tmp_path / "run", ROOT / "slurm/prune.sh", TINY, "--out", "/dev/shm/run", flags=("-N2", "--ntasks-per-node=1")
+    )
+    assert job.end(60) == "FAILED"
+    assert re.search(r"out: /dev/shm/run on node2 is not the folder that it is on node1, where rank 0 is", job.text)
+
+
+def test_a_wrong_mpi_is_named(slurm: Slurm, tmp_path: Path) -> None:
+    done = subprocess.run(
+        [
+            "srun",
+            "-n2",
+            "--mpi=none",
+            sys.executable,
+            "-m",
+            "hpcprune",
+            "run",
+            str(TINY),
+            "--out",
+            str(tmp_path / "run"),
+        ],
+        env=slurm.environment,
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert done.returncode == 2
+    assert (
+        "=2 ranks were launched, but MPI sees 1: each would prune alone. Launch with `srun --mpi=pmix`" in done.stderr
+    )
+    assert not (tmp_path / "run").exists()
