@@ -43,22 +43,26 @@ class Pulse:
         """path: of the file; None for ranks that write none."""
         self.beat = Beat(host=socket.gethostname(), slurm_job=os.environ.get("SLURM_JOB_ID", ""))
         self._path = path
-        self._pace = (0, time.monotonic())  # the step at which the stage was begun, or gone on with, and when
+        self._start = (0, time.monotonic())  # the step at which the stage was begun, or gone on with, and when
 
     def begin(self, stage: str, step: int = 0, steps: int = 0) -> None:
         """A stage begins, at a step of so many."""
         self.beat.stage, self.beat.step, self.beat.steps, self.beat.left = stage, step, steps, None
-        self._pace = (step, time.monotonic())
+        self._start = (step, time.monotonic())
         self._write()
 
     def advance(self, step: int, steps_after: int) -> None:
         """A step is done; `steps_after` are to come in later rounds."""
         self.beat.step = step
-        first, start = self._pace
-        rate = (step - first) / max(time.monotonic() - start, 1e-9)
-        self.beat.left = (self.beat.steps - step + steps_after) / rate
+        self.beat.left = (self.beat.steps - step + steps_after) * self.pace
         if time.time() - self.beat.written > EVERY:
             self._write()
+
+    @property
+    def pace(self) -> float:
+        """Seconds a step of this stage."""
+        first, start = self._start
+        return (time.monotonic() - start) / max(1, self.beat.step - first)
 
     def _write(self) -> None:
         if self._path is None:

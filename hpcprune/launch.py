@@ -15,10 +15,11 @@ from pathlib import Path
 
 from hpcprune.errors import WorldError
 from hpcprune.host import versions
-from hpcprune.job import Job
+from hpcprune.job import Checkpoint, Job
+from hpcprune.report.units import as_seconds
 from hpcprune.world import World
 
-__all__ = ["check_code", "check_folder"]
+__all__ = ["check_code", "check_folder", "check_gpus", "late_checkpoint"]
 
 PATIENCE = 10.0  # seconds in which a file must be seen by all: NFS may remember for a while that it was not there
 CLOCKS_APART = 10.0  # seconds
@@ -75,6 +76,32 @@ def check_folder(path: Path, world: World) -> None:
             f"out: {path.absolute()} on {', '.join(blind)} is not the folder that it is on {found[0][0]}, where rank 0 "
             "is; choose one on a disk that all hosts share, with --out"
         )
+
+
+def check_gpus(exchange: str, ranks: int, gpus: int) -> None:
+    """WorldError if a host's ranks share its GPUs (of which there are some), and the exchange is nccl, which cannot."""
+    if ranks > gpus and exchange in ("auto", "torch"):
+        raise WorldError(
+            f"{ranks} ranks on {socket.gethostname()} share {gpus} GPU{'s' * (gpus > 1)}, and nccl needs one for each; "
+            f"launch {gpus} a host (srun --ntasks-per-node={gpus}), or write retrain.exchange: mpi"
+        )
+
+
+def late_checkpoint(checkpoint: Checkpoint, pace: float, left: float | None, to_end: int) -> str | None:
+    """A sentence if a job's time will be up before its next checkpoint; None if not, or if there is no limit.
+
+    Args:
+        pace: seconds a step. left: seconds until the limit. to_end: steps to the end of this training, where one is
+            written in any case.
+    """
+    steps = min(checkpoint.every_steps or to_end, to_end)
+    first = min(steps * pace, 60 * (checkpoint.every_minutes or float("inf")))
+    if left is None or first < left:
+        return None
+    return (
+        f"the time limit comes in {as_seconds(left)}, before the next checkpoint in about {as_seconds(first)}: the "
+        "steps until then are lost unless a signal comes before it, as with slurm/prune.sh; give checkpoint.every_minutes"
+    )
 
 
 def _refuse_difference(what: str, hosts: Sequence[str], values: Sequence[Hashable], fix: str) -> None:

@@ -13,6 +13,7 @@ from torch import nn
 
 from hpcprune.errors import NumericsError, TaskError
 from hpcprune.job import Job
+from hpcprune.launch import check_gpus
 from hpcprune.layers import find_layers
 from hpcprune.seeds import seed_all
 from hpcprune.shards import Layer, Span, deal
@@ -85,6 +86,7 @@ def _prepare(job: Job, world: World, threads: int, place: int) -> Prepared:
         dense = plan_steps(job.train, samples, world.size, "train")
     retrain = plan_steps(job.retrain, samples, world.size, "retrain")
     if torch.cuda.is_available():
+        check_gpus(job.retrain.exchange, world.local_size, torch.cuda.device_count())
         model.to(torch.device("cuda", place % torch.cuda.device_count()))
     return Prepared(task, model, data, layers, deal(layers, world.size), dense, retrain, threads)
 

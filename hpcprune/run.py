@@ -10,16 +10,15 @@ from __future__ import annotations
 import math
 import time
 from pathlib import Path
-from typing import Any
 
-from hpcprune.beat import Pulse
 from hpcprune.errors import CheckpointError, NumericsError
 from hpcprune.evaluate import evaluate
 from hpcprune.exchange.choose import open_exchange
 from hpcprune.exchange.wire import travelling_dtypes
 from hpcprune.folder import RunFolder
 from hpcprune.job import Job
-from hpcprune.launch import check_code, check_folder
+from hpcprune.journal import Journal
+from hpcprune.launch import check_code, check_folder, late_checkpoint
 from hpcprune.ledger import Ledger
 from hpcprune.masks import Masks
 from hpcprune.native.library import describe
@@ -32,12 +31,15 @@ from hpcprune.report.write import write_json
 from hpcprune.resuming import resume
 from hpcprune.saving import Saver
 from hpcprune.schedule import sparsity_of_round
+from hpcprune.slurm import seconds_left
 from hpcprune.stage import Carried, begin_stage
 from hpcprune.stop import StopFlag
-from hpcprune.train import Step, Trainer, average_batch_norm
+from hpcprune.train import Trainer, average_batch_norm
 from hpcprune.world import World
 
 __all__ = ["Run", "StoppedError"]
+
+PACED = 3  # steps after which a training's pace is known
 
 
 class StoppedError(Exception):
@@ -61,8 +63,7 @@ class Run:
         self.masks = Masks.full(self.prepared.layers)
         self.ledger = Ledger()
         self.saver = Saver(job, self.prepared, folder, world)
-        self.pulse = Pulse(folder.status if world.rank == 0 else None)
-        self.pulse.beat.ranks, self.pulse.beat.rounds = world.size, job.prune.rounds
+        self.journal = Journal(folder, world, job.prune.rounds)
         self._carried = Carried({}, {}, None)
 
     def go(self) -> None:
@@ -95,7 +96,10 @@ class Run:
             f"thread{'s' if prepared.threads > 1 else ''} each"
         )
         self.display.say(f"{exchange}; kernels {describe()}")
-        if odd:
+        self._warn(odd)
+
+    def _warn(self, odd: str | None) -> None:
+        if odd is not None:
             self.display.say(f"warning: {odd}")
 
     # Rounds
@@ -133,7 +137,7 @@ class Run:
 
     def _prune(self) -> None:
         prune, ledger = self.job.prune, self.ledger
-        self._begin_stage("prune")
+        self.journal.stage("prune", ledger, self.masks.sparsity)
         sparsity = sparsity_of_round(prune, ledger.round)
         found = prune_layers(
             dict(self.model.named_parameters()),
@@ -165,8 +169,9 @@ class Run:
         packed = ledger.packed
         trainer = self._begin(stage)
         plan, due = trainer.plan, False
-        self._begin_stage(stage, ledger.step, plan.steps)
-        later = (self.job.prune.rounds - ledger.round) * self.prepared.retrain.steps
+        self.journal.stage(stage, ledger, self.masks.sparsity, plan.steps)
+        job, begun = self.job, ledger.step
+        later = (job.prune.rounds - ledger.round) * self.prepared.retrain.steps
         if ledger.packed != packed:  # kept before it has any effect: a run that goes on must not choose anew
             self.saver.begin(self.masks, ledger, self._state_of(trainer))
             self.saver.finish(ledger)
@@ -175,13 +180,16 @@ class Run:
             while ledger.step < plan.steps:
                 sent = self.exchange.bytes_sent
                 step = trainer.step(ledger.step, bool(self.stop), self.saver.done, self.saver.late)
-                self._count(stage, step, trainer, self.exchange.bytes_sent - sent)
+                self.journal.step(stage, ledger, step, trainer, self.exchange.bytes_sent - sent, later)
                 if not ledger.order:
                     ledger.order = self.world.bcast(trainer.buckets.order, "the order of backward")
                     self._end(trainer)
                     trainer = self._begin(stage)
                 progress.advance(f"loss {step.loss:.4f}")
-                self.pulse.advance(ledger.step, later)
+                if ledger.step == begun + PACED and self.world.rank == 0:
+                    self._warn(
+                        late_checkpoint(job.checkpoint, self.journal.pace, seconds_left(), plan.steps - ledger.step)
+                    )
                 if step.written:
                     self.saver.advance(ledger)
                 due |= self.saver.due(ledger.run_step, step.due)
@@ -194,11 +202,6 @@ class Run:
         self._end(trainer)
         average_batch_norm(self.model, self.world)
         self.saver.check(self.masks, ledger, f"{stage}, after its last step")
-
-    def _begin_stage(self, stage: str, step: int = 0, steps: int = 0) -> None:
-        """Tell whoever asks from outside."""
-        self.pulse.beat.round, self.pulse.beat.sparsity = self.ledger.round, self.masks.sparsity
-        self.pulse.begin(stage, step, steps)
 
     def _begin(self, stage: str) -> Trainer:
         return begin_stage(
@@ -220,52 +223,13 @@ class Run:
     def _state_of(self, trainer: Trainer) -> Carried:
         return Carried(trainer.optimizer_state(), trainer.own_state(), self.masks)
 
-    def _count(self, stage: str, step: Step, trainer: Trainer, sent: int) -> None:
-        """Take a step that is done into the ledger and into metrics.jsonl."""
-        ledger, survivors = self.ledger, trainer.survivors
-        ledger.step += 1
-        ledger.run_step += 1
-        ledger.add_seconds(stage, step.seconds)
-        ledger.add_exchange(
-            bytes_dense=survivors.dense_bytes,
-            bytes_sent=sent,
-            seconds=step.seconds,
-            waited=step.waited,
-            overlap=step.overlap,
-            samples=trainer.plan.batch,
-        )
-        self._log(
-            "step",
-            stage=stage,
-            step=ledger.step,
-            loss=step.loss,
-            learning_rate=step.learning_rate,
-            seconds=step.seconds,
-            waited=step.waited,
-            overlap=step.overlap,
-            samples_per_second=trainer.plan.batch / step.seconds,
-            bytes_dense=survivors.dense_bytes,
-            bytes_sent=sent,
-        )
-
     def _evaluate(self, when: str) -> None:
         start = time.perf_counter()
-        self._begin_stage("evaluate")
+        self.journal.stage("evaluate", self.ledger, self.masks.sparsity)
         task, data = self.prepared.task, self.prepared.data
         metrics = evaluate(task, self.model, data.test, self.job.evaluate.batch_size, self.world)
         seconds = time.perf_counter() - start
-        self.ledger.add_seconds("evaluate", seconds)
-        found = {
-            "when": when,
-            "round": self.ledger.round,
-            "sparsity": self.masks.sparsity,
-            "step": self.ledger.run_step,
-            "metrics": metrics,
-            "seconds": seconds,
-        }
-        self.ledger.evaluations.append(found)
-        self.pulse.beat.metrics = metrics
-        self._log("evaluation", **found)
+        self.journal.evaluation(self.ledger, when, self.masks.sparsity, metrics, seconds)
         figures = "  ".join(f"{name} {value:.4f}" for name, value in metrics.items())
         self.display.say(f"round {self.ledger.round}/{self.job.prune.rounds}: {when}: {figures}")
 
@@ -314,8 +278,3 @@ class Run:
     @property
     def _dense_file(self) -> Path:
         return self.job.weights_file or self.folder.dense
-
-    def _log(self, kind: str, **values: Any) -> None:
-        if self.world.rank == 0:
-            line = {"kind": kind, "run_step": self.ledger.run_step, "round": self.ledger.round}
-            self.folder.write_metrics(line | values)

@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import fcntl
 import json
-import shutil
-import subprocess
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -24,11 +22,11 @@ from hpcprune.beat import Beat, read_beat
 from hpcprune.checkpoint.steps import step_folders
 from hpcprune.errors import JobError
 from hpcprune.report.units import DASH, as_metric, as_percent, as_seconds, plain
+from hpcprune.slurm import job_states
 
 __all__ = ["Status", "as_json", "find_runs", "look", "print_statuses"]
 
 STALE = 60.0  # seconds without a beat, after which a run on a disk without locks is taken for cut
-PATIENCE = 10.0  # seconds for Slurm's answer
 
 
 @dataclass(frozen=True)
@@ -70,7 +68,7 @@ def _is_run(folder: Path) -> bool:
 def look(paths: Iterable[Path]) -> list[Status]:
     """How far runs are."""
     beats = {path: read_beat(path / "status.json") or Beat() for path in paths}
-    jobs = _slurm_states(sorted({beat.slurm_job for beat in beats.values() if beat.slurm_job}))
+    jobs = job_states(sorted({beat.slurm_job for beat in beats.values() if beat.slurm_job}))
     return [_status(path, beat, jobs) for path, beat in beats.items()]
 
 
@@ -97,19 +95,6 @@ def _alive(job: Path, beat: Beat) -> bool:
     except OSError:
         return time.time() - beat.written < STALE
     return False
-
-
-def _slurm_states(jobs: Sequence[str]) -> dict[str, str]:
-    """What Slurm knows of jobs by their numbers; nothing of those that it has forgotten, or where there is no Slurm."""
-    if not jobs or not shutil.which("squeue"):
-        return {}
-    command = ["squeue", "--noheader", "--states=all", f"--jobs={','.join(jobs)}", "--format=%A %T"]
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE)
-    except (OSError, subprocess.TimeoutExpired):
-        return {}
-    lines = [line.split() for line in done.stdout.splitlines()]
-    return {line[0]: line[1] for line in lines if len(line) == 2}
 
 
 def print_statuses(statuses: Sequence[Status], console: Console) -> None:
