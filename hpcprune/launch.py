@@ -100,7 +100,7 @@ def late_checkpoint(checkpoint: Checkpoint, pace: float, left: float | None, to_
         return None
     return (
         f"the time limit comes in {as_seconds(left)}, before the next checkpoint in about {as_seconds(first)}: the "
-        "steps until then are lost unless a signal comes before it, as with slurm/prune.sh; give checkpoint.every_minutes"
+        "steps until then are lost unless a signal comes first, as with slurm/prune.sh; give checkpoint.every_minutes"
     )
 
 
