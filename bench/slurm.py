@@ -23,7 +23,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from hpcprune.beat import read_beat
 from tests.conftest import ROOT
-from tests.slurm.conftest import Slurm, SlurmJob, testbed
+from tests.slurm.conftest import Slurm, SlurmJob, emulate
 
 TINY, MNIST, SCRIPT = ROOT / "tests/jobs/tiny/job.yaml", ROOT / "jobs/mnist/job.yaml", ROOT / "slurm/prune.sh"
 TURNS = 2
@@ -45,7 +45,7 @@ def recover(slurm: Slurm, base: Path, name: str, disturb: Callable[[SlurmJob], o
     seconds = time.monotonic() - start
     assert job.end() == "COMPLETED", job.text
     for number in range(1, 5):
-        testbed("recover", f"node{number}")
+        emulate("recover", f"node{number}")
     return seconds
 
 
@@ -70,7 +70,7 @@ def step_seconds(slurm: Slurm, base: Path, packing: str, turn: int) -> float:
 def main() -> None:
     if os.geteuid():
         sys.exit("root is needed, for slurm/testbed")
-    testbed("up")
+    emulate("up")
     try:
         with tempfile.TemporaryDirectory() as folder:
             base = Path(folder)
@@ -84,14 +84,14 @@ def main() -> None:
             events: dict[str, Callable[[SlurmJob], object]] = {
                 "signal, as before a time limit": lambda job: job.signal("--signal=USR1", "--batch"),
                 "pushed out for 5 s by a partition of higher priority": push,
-                "power lost: a node": lambda job: testbed("fail", job.nodes[1]),
-                "power lost: the batch host": lambda job: testbed("fail", job.nodes[0]),
-                "cable pulled": lambda job: testbed("unplug", job.nodes[1]),
+                "power lost: a node": lambda job: emulate("fail", job.nodes[1]),
+                "power lost: the batch host": lambda job: emulate("fail", job.nodes[0]),
+                "cable pulled": lambda job: emulate("unplug", job.nodes[1]),
             }
             print(f"{'':56}{'seconds':>8}")
             for name, disturb in events.items():
                 print(f"{name:56}{recover(slurm, base, name, disturb):8.1f}", flush=True)
-            testbed("rate", "1gbit")
+            emulate("rate", "1gbit")
             found: dict[str, list[float]] = {"always": [], "never": []}
             for turn in range(TURNS):
                 for packing, seconds_of in found.items():
@@ -100,7 +100,7 @@ def main() -> None:
             print("\njobs/mnist at 95 %, 4 nodes, 1 Gbit/s, ms a step")
             print(f"survivors packed {packed:.1f}, everything sent {whole:.1f}, ratio {whole / packed:.2f}")
     finally:
-        testbed("down")
+        emulate("down")
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ FOLDER = Path("/tmp/hpcprune-testbed-of-tests")
 OVER = {"COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "PREEMPTED", "BOOT_FAIL", "OUT_OF_MEMORY"}
 
 
-def testbed(*arguments: str) -> str:
+def emulate(*arguments: str) -> str:
     """What `python slurm/testbed ...` prints."""
     command = [sys.executable, str(ROOT / "slurm/testbed"), "--folder", str(FOLDER), *arguments]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
@@ -103,9 +103,9 @@ class Slurm:
 def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Slurm]:
     if not os.environ.get("HPCPRUNE_SLURM"):
         pytest.skip("HPCPRUNE_SLURM is not set: it starts a Slurm on this machine, as root")
-    testbed("up")
+    emulate("up")
     yield Slurm(tmp_path_factory.mktemp("slurm"))
-    testbed("down")
+    emulate("down")
 
 
 @pytest.fixture
@@ -114,7 +114,7 @@ def slurm(cluster: Slurm) -> Iterator[Slurm]:
     yield cluster
     subprocess.run(["scancel", "--user=root"], env=cluster.environment, timeout=60)
     for number in range(1, 5):
-        testbed("recover", f"node{number}")
+        emulate("recover", f"node{number}")
     end = time.monotonic() + 60
     while time.monotonic() < end:
         idle = subprocess.run(
@@ -126,4 +126,4 @@ def slurm(cluster: Slurm) -> Iterator[Slurm]:
         if len(idle.stdout.split()) == 4:
             return
         time.sleep(0.2)
-    raise AssertionError(f"the nodes did not come back:\n{testbed('status')}")
+    raise AssertionError(f"the nodes did not come back:\n{emulate('status')}")

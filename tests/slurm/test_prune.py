@@ -10,7 +10,7 @@ import pytest
 from hpcprune.checkpoint import newest_step, read_model, read_step
 from tests.conftest import ROOT, Launch
 from tests.mpi.test_run import PACK, assert_same_weights, uninterrupted
-from tests.slurm.conftest import Slurm, SlurmJob, testbed
+from tests.slurm.conftest import Slurm, SlurmJob, emulate
 
 __all__ = ["uninterrupted"]
 
@@ -80,7 +80,7 @@ def test_power_is_lost(slurm: Slurm, tmp_path: Path, uninterrupted: Path, place:
     out = tmp_path / "run"
     job = submit(slurm, out)
     in_the_middle(job, out)
-    testbed("fail", job.nodes[place])
+    emulate("fail", job.nodes[place])
     assert_went_on(job, out, uninterrupted)
 
 
@@ -88,7 +88,7 @@ def test_a_cable_is_pulled(slurm: Slurm, tmp_path: Path, uninterrupted: Path) ->
     out = tmp_path / "run"
     job = submit(slurm, out)
     in_the_middle(job, out)
-    testbed("unplug", job.nodes[1])
+    emulate("unplug", job.nodes[1])
     assert_went_on(job, out, uninterrupted)
 
 
