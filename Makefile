@@ -22,10 +22,12 @@ export PRTE_MCA_rmaps_default_mapping_policy := :oversubscribe
 demo: $(VENV)/.demo
 	mpirun -n 2 hpcprune run jobs/mnist/job.yaml
 
-# HPCPRUNE_NO_HOROVOD=1 leaves Horovod out, and with it the tests of the exchange over it.
+# HPCPRUNE_NO_HOROVOD=1 leaves Horovod out, and with it the tests of the exchange over it; HPCPRUNE_NO_SLURM=1 the tests
+# on a real Slurm, which only root can start.
 test: lint
 	@command -v h5dump >/dev/null || sh scripts/apt-install.sh hdf5-tools
 	@[ -n "$$HPCPRUNE_NO_HOROVOD" ] || python -c "import horovod.torch" 2>/dev/null || sh scripts/install-horovod.sh $(BIN)/python
+	@[ -n "$$HPCPRUNE_NO_SLURM" ] || [ "$$(id -u)" != 0 ] || sh scripts/install-slurm.sh
 	pytest
 
 lint: $(VENV)/.test

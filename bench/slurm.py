@@ -23,7 +23,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from hpcprune.beat import read_beat
 from tests.conftest import ROOT
-from tests.slurm.conftest import Slurm, SlurmJob, emulate
+from tests.slurm.conftest import Slurm, SlurmJob, clear, emulate
 
 TINY, MNIST, SCRIPT = ROOT / "tests/jobs/tiny/job.yaml", ROOT / "jobs/mnist/job.yaml", ROOT / "slurm/prune.sh"
 TURNS = 2
@@ -44,8 +44,7 @@ def recover(slurm: Slurm, base: Path, name: str, disturb: Callable[[SlurmJob], o
     job.wait(lambda: (beat := read_beat(out / "status.json")) is not None and beat.written > again, "a step")
     seconds = time.monotonic() - start
     assert job.end() == "COMPLETED", job.text
-    for number in range(1, 5):
-        emulate("recover", f"node{number}")
+    clear(slurm)
     return seconds
 
 

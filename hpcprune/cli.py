@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
 from hpcprune.version import __version__
 
+if TYPE_CHECKING:
+    from rich.console import Console
+
 __all__ = ["cli"]
 
 STOPPED = 75  # the exit status of a run that was told to stop: "temporary failure, try again" in sysexits.h
+UNLIMITED = 1000  # characters in a line
 
 JOB = click.argument("job", type=click.Path(path_type=Path))
 OVERRIDES = click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
@@ -75,8 +80,6 @@ def run(job: Path, overrides: tuple[str, ...], out: str | None, verbose: bool) -
 @click.option("--ranks", type=click.IntRange(1), default=1, show_default=True, help="Plan for this many ranks.")
 def plan(job: Path, overrides: tuple[str, ...], ranks: int) -> None:
     """Show which rank would score what, what would travel, and the memory a rank needs."""
-    from rich.console import Console
-
     from hpcprune.job_file import load_job
     from hpcprune.world import World
 
@@ -87,7 +90,14 @@ def plan(job: Path, overrides: tuple[str, ...], ranks: int) -> None:
         from hpcprune.plan import make_plan, print_plan
         from hpcprune.prepare import prepare
 
-        print_plan(make_plan(loaded, prepare(loaded, world), ranks), Console())
+        print_plan(make_plan(loaded, prepare(loaded, world), ranks), _console())
+
+
+def _console() -> Console:
+    """Standard output; a file or a pipe gets lines as long as they come."""
+    from rich.console import Console
+
+    return Console(width=None if sys.stdout.isatty() else UNLIMITED)
 
 
 class _WithFlags(click.Command):
@@ -144,15 +154,13 @@ def status(folders: tuple[Path, ...], as_json: bool) -> None:
 
     DIR is a run's folder, or one with runs in it; runs/ if none is given.
     """
-    from rich.console import Console
-
     from hpcprune import status as runs
 
     statuses = runs.look(runs.find_runs(folders or (Path("runs"),)))
     if as_json:
         print(runs.as_json(statuses))
     else:
-        runs.print_statuses(statuses, Console())
+        runs.print_statuses(statuses, _console())
 
 
 @cli.command()
@@ -194,8 +202,6 @@ def compare(folders: tuple[Path, ...], out: Path | None) -> None:
 
     DIR is a run's folder, or one with runs in it. Exit status 1: some are not complete.
     """
-    from rich.console import Console
-
     from hpcprune.folder import RunFolder
     from hpcprune.report.compare import print_comparison, write_comparison
     from hpcprune.status import find_runs
@@ -206,7 +212,7 @@ def compare(folders: tuple[Path, ...], out: Path | None) -> None:
         if not run.complete:
             print(f"{run.path}: not complete, left out")
     if reports:
-        print_comparison(reports, Console())
+        print_comparison(reports, _console())
     if reports and out is not None:
         write_comparison(reports, out)
     sys.exit(0 if len(reports) == len(runs) else 1)
@@ -227,8 +233,6 @@ def export(source: Path, kind: str, target: Path) -> None:
 @click.option("--launch", is_flag=True, help="Only see whether the ranks that were started find each other.")
 def doctor(launch: bool) -> None:
     """Try one of each thing that a run needs, and say what works, what does not, and the fix."""
-    from rich.console import Console
-
     from hpcprune.world import World
 
     world = World.of(None, timeout=60)
@@ -243,5 +247,5 @@ def doctor(launch: bool) -> None:
 
         findings = run_doctor(world)
         if world.rank == 0:
-            print_findings(findings, Console())
+            print_findings(findings, _console())
         sys.exit(exit_code(findings))

@@ -101,7 +101,7 @@ def print_statuses(statuses: Sequence[Status], console: Console) -> None:
     """A line a run."""
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False, show_edge=False)
     for heading in ("run", "state", "stage", "sparsity", "metric", "left", "saved"):
-        table.add_column(heading, no_wrap=heading != "run", overflow="fold")
+        table.add_column(heading, overflow="fold", min_width=16 if heading == "run" else None)
     for status in statuses:
         beat = status.beat
         name, value = next(((k, v) for k, v in beat.metrics.items() if k != "loss"), ("", None))

@@ -118,11 +118,11 @@ def test_runs_are_found_in_a_folder_of_them(tmp_path: Path) -> None:
 
 
 def test_the_command_needs_no_torch(tmp_path: Path) -> None:
-    make_run(tmp_path / "run")
+    run = make_run(tmp_path / "a-run-in-a-folder-whose-name-is-long")
     code = (
         "import sys; sys.modules['torch'] = sys.modules['mpi4py'] = None; from hpcprune.__main__ import main; "
         f"sys.argv = ['hpcprune', 'status', {str(tmp_path)!r}]; main()"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr
-    assert "2/4 retrain" in done.stdout
+    assert "2/4 retrain" in done.stdout and str(run) in done.stdout  # a pipe has no width

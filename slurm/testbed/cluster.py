@@ -6,6 +6,7 @@ ports, other sockets, no systemd, no cgroups.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
@@ -111,15 +112,17 @@ class Cluster:
 
     def down(self, keep_logs: bool = False) -> None:
         """End all jobs and daemons, and remove the network and the files."""
-        subprocess.run(["scancel", "--user=root"], env=self._environment, capture_output=True, timeout=PATIENCE)
-        for name in self.names:
+        names = self.names
+        with contextlib.suppress(subprocess.TimeoutExpired):  # of a controller that does not answer
+            subprocess.run(["scancel", "--user=root"], env=self._environment, capture_output=True, timeout=5)
+        for name in names:
             self.node(name).stop()
         for daemon in ("slurmctld", "slurmdbd", "mariadbd", "munged"):
             self._signal(daemon, signal.SIGTERM)
         end = time.monotonic() + 5
         while any(map(self._pid, ("slurmctld", "slurmdbd", "mariadbd", "munged"))) and time.monotonic() < end:
             time.sleep(0.1)
-        for name in self.names:
+        for name in names:
             self.node(name).fail()
         for daemon in ("slurmctld", "slurmdbd", "mariadbd", "munged"):
             self._signal(daemon, signal.SIGKILL)

@@ -1,7 +1,8 @@
 """A node of the cluster on one machine: namespaces of its own, and a slurmd in them.
 
-The first process of a node is a shell that starts slurmd and takes up orphans, as an init does. When the process that
-holds the namespaces is killed, the kernel kills everything in them at once: a power failure.
+The first process of a node is a shell that starts slurmd, again if it crashes (22.05 does now and then), and takes up
+orphans, as an init does. When the process that holds the namespaces is killed, the kernel kills everything in them at
+once: a power failure.
 """
 
 from __future__ import annotations
@@ -20,10 +21,14 @@ mount -t proc proc /proc
 mount -t tmpfs tmpfs /dev/shm
 mount --bind "$2/hosts" /etc/hosts
 mount --bind "$2/nsswitch.conf" /etc/nsswitch.conf
-slurmd -D -f "$2/slurm.conf" -N "$1" &
+ulimit -c 0
 trap 'kill $!; wait $!; exit' TERM
-wait $!
-wait
+trap 'kill $!; wait $!' HUP
+while true; do
+    slurmd -D -f "$2/slurm.conf" -N "$1" &
+    wait $!
+    sleep 1
+done
 """
 
 
@@ -40,8 +45,9 @@ class Node:
         return self._holder() is not None
 
     def start(self) -> None:
-        """Switch it on; nothing happens if it is."""
+        """Switch it on. If it is, its slurmd starts anew, for otherwise Slurm does not look at it again for minutes."""
         if self.on:
+            self._signal(signal.SIGHUP)
             return
         namespaces = "--mount --uts --ipc --pid --fork --kill-child"
         command = ["nsenter", f"--net=/run/netns/{self.name}", "unshare", *namespaces.split()]
@@ -64,11 +70,15 @@ class Node:
 
     def stop(self) -> None:
         """Shut it down: slurmd ends by itself, then the rest."""
+        self._signal(signal.SIGTERM)
+
+    def _signal(self, number: signal.Signals) -> None:
+        """To its first process, if it has power."""
         holder = self._holder()
         if holder is not None:
-            with contextlib.suppress(OSError):
+            with contextlib.suppress(OSError, ValueError):
                 (init,) = Path(f"/proc/{holder}/task/{holder}/children").read_text().split()
-                os.kill(int(init), signal.SIGTERM)
+                os.kill(int(init), number)
 
     def _holder(self) -> int | None:
         """The process that holds the namespaces, if it lives."""
