@@ -96,8 +96,9 @@ def test_before_its_time_is_up_it_is_saved_and_requeued(slurm: Slurm, tmp_path: 
     assert "stopped by SIGUSR1" in job.text and "told to stop; requeued" in job.text
 
 
+@pytest.mark.parametrize("seconds", [0.2, 2.5])
 def test_told_to_stop_before_it_listens_it_is_requeued_too(slurm: Slurm, tmp_path: Path, seconds: float) -> None:
-    """While the script looks for a way to start MPI, while the ranks start, and just after."""
+    """While the script looks for a way to start MPI, and while the ranks start."""
     job = submit(slurm, tmp_path / "run", sleep=0)
     job.wait(lambda: job.state == "RUNNING", "it to run")
     time.sleep(seconds)

@@ -47,7 +47,7 @@ def test_a_sweep_ends_in_one_table_and_one_plot(slurm: Slurm, tmp_path: Path) ->
 
 def test_a_run_is_seen_from_outside_while_it_runs(slurm: Slurm, tmp_path: Path) -> None:
     out = tmp_path / "run"
-    job = submit_tiny(slurm, out, sleep=0.5)  # a beat is written every 5 s
+    job = submit_tiny(slurm, out, sleep=0.3)  # a beat is written every 5 s
 
     def seen() -> dict[str, object]:
         done = hpcprune(slurm, tmp_path, "status", "--json", out)
