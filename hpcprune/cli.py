@@ -132,17 +132,22 @@ def submit(
     out = slurm.run_folder(job, overrides, swept)
     flags = [*([f"--nodes={nodes}"] if nodes else []), *ctx.meta["flags"]]
     text = slurm.batch_text(slurm.template("prune.sh"), [str(job), *overrides], flags, swept, out)
+    after, page = slurm.account_flags(flags), f"{out}/comparison.html"
+
+    def comparison(number: str) -> str:
+        assert swept is not None
+        folders = [swept.folder(out, value) for value in swept.values]
+        arguments, dependency = [*folders, "--out", page], f"--dependency=afterany:{number}"
+        return slurm.batch_text(slurm.template("compare.sh"), arguments, [dependency, *after])
+
     if dry_run:
-        print(text, end="")
+        print(text + (comparison("JOB") if swept else ""), end="")
         return
-    number = slurm.sbatch(text)
-    print(f"job {number}; it writes into hpcprune-{number}.out, and `hpcprune status {out}` says how far it is")
+    number = slurm.sbatch(text, flags)
+    log = f"hpcprune-{number}{'_*' if swept else ''}.out"
+    print(f"job {number}; it writes into {log}, and `hpcprune status {out}` says how far it is")
     if swept:
-        page = f"{out}/comparison.html"
-        arguments = [*(swept.folder(out, value) for value in swept.values), "--out", page]
-        last = slurm.sbatch(
-            slurm.batch_text(slurm.template("compare.sh"), arguments, [f"--dependency=afterany:{number}"])
-        )
+        last = slurm.sbatch(comparison(number), after)
         print(f"job {last} compares the runs when all have ended: hpcprune-compare-{last}.out, {page}")
 
 
@@ -206,7 +211,10 @@ def compare(folders: tuple[Path, ...], out: Path | None) -> None:
     from hpcprune.report.compare import print_comparison, write_comparison
     from hpcprune.status import find_runs
 
-    runs = [RunFolder(path) for path in find_runs(folders)]
+    there = [folder for folder in folders if folder.is_dir()]
+    for folder in set(folders) - set(there):
+        print(f"{folder}: no such folder, left out")
+    runs = [RunFolder(path) for path in find_runs(there)]
     reports = [run.read_report() for run in runs if run.complete]
     for run in runs:
         if not run.complete:
@@ -215,7 +223,7 @@ def compare(folders: tuple[Path, ...], out: Path | None) -> None:
         print_comparison(reports, _console())
     if reports and out is not None:
         write_comparison(reports, out)
-    sys.exit(0 if len(reports) == len(runs) else 1)
+    sys.exit(0 if len(reports) == len(runs) and len(there) == len(folders) else 1)
 
 
 @cli.command()

@@ -78,13 +78,16 @@ def check_folder(path: Path, world: World) -> None:
         )
 
 
-def check_gpus(exchange: str, ranks: int, gpus: int) -> None:
-    """WorldError if a host's ranks share its GPUs (of which there are some), and the exchange is nccl, which cannot."""
-    if ranks > gpus and exchange in ("auto", "torch"):
-        raise WorldError(
-            f"{ranks} ranks on {socket.gethostname()} share {gpus} GPU{'s' * (gpus > 1)}, and nccl needs one for each; "
-            f"launch {gpus} a host (srun --ntasks-per-node={gpus}), or write retrain.exchange: mpi"
-        )
+def check_gpus(exchange: str, gpus: Sequence[str]) -> None:
+    """WorldError if ranks share a GPU, and the exchange is nccl, which cannot. `gpus`: each rank's, or "" for none."""
+    if exchange not in ("auto", "torch"):
+        return
+    for rank, gpu in enumerate(gpus):
+        if gpu and gpu in gpus[:rank]:
+            raise WorldError(
+                f"ranks {gpus.index(gpu)} and {rank} share {gpu}, and nccl needs one for each; launch as many ranks a "
+                "host as it has GPUs (srun --ntasks-per-node=4), or write retrain.exchange: mpi"
+            )
 
 
 def late_checkpoint(checkpoint: Checkpoint, pace: float, left: float | None, to_end: int) -> str | None:

@@ -5,6 +5,7 @@ Every rank prepares for itself (the model and the data are the same everywhere);
 
 from __future__ import annotations
 
+import socket
 from collections.abc import Sized
 from dataclasses import dataclass
 
@@ -55,13 +56,16 @@ def prepare(job: Job, world: World) -> Prepared:
     Raises:
         HpcpruneError: for any mistake in what was given, on every rank.
     """
-    place = world.local_rank  # asking is collective, so every rank asks before any of them can fail
+    # Asking is collective, so every rank asks before any of them can fail.
+    device = _choose_device(world)
+    gpus = world.allgather(_name_gpu(device), "preparing: GPUs")
     threads = threads_of_a_rank(world)
     torch.set_num_threads(threads)
-    return world.together(lambda: _prepare(job, world, threads, place), "preparing")
+    return world.together(lambda: _prepare(job, world, threads, device, gpus), "preparing")
 
 
-def _prepare(job: Job, world: World, threads: int, place: int) -> Prepared:
+def _prepare(job: Job, world: World, threads: int, device: torch.device, gpus: list[str]) -> Prepared:
+    check_gpus(job.retrain.exchange, gpus)
     task = load_task(job.task, job.folder)
     seed_all(job.seed, "model")
     model = build_model(task)
@@ -85,10 +89,22 @@ def _prepare(job: Job, world: World, threads: int, place: int) -> Prepared:
         assert job.train is not None
         dense = plan_steps(job.train, samples, world.size, "train")
     retrain = plan_steps(job.retrain, samples, world.size, "retrain")
-    if torch.cuda.is_available():
-        check_gpus(job.retrain.exchange, world.local_size, torch.cuda.device_count())
-        model.to(torch.device("cuda", place % torch.cuda.device_count()))
+    model.to(device)
     return Prepared(task, model, data, layers, deal(layers, world.size), dense, retrain, threads)
+
+
+def _choose_device(world: World) -> torch.device:
+    """The rank's GPU, dealt by turns on each host, or the CPU. Collective."""
+    place = world.local_rank
+    gpus = torch.cuda.device_count()
+    return torch.device("cuda", place % gpus) if gpus else torch.device("cpu")
+
+
+def _name_gpu(device: torch.device) -> str:
+    """A name that no other GPU of the cluster has; of the CPU, none."""
+    if device.type != "cuda":
+        return ""
+    return f"GPU {torch.cuda.get_device_properties(device).uuid} of {socket.gethostname()}"
 
 
 def _check_finite(model: nn.Module, task: Task) -> None:

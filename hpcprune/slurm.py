@@ -23,8 +23,10 @@ def job_states(jobs: Sequence[str]) -> dict[str, str]:
 def seconds_left(environ: Mapping[str, str] = os.environ) -> float | None:
     """Until the time limit of the job that this process is in; None without one."""
     job = environ.get("SLURM_JOB_ID")
-    lines = _squeue(f"--jobs={job}", "--format=%L") if job else []
-    found = re.fullmatch(r"(?:(?:(\d+)-)?(\d+):)?(\d+):(\d+)", lines[0].strip()) if lines else None
+    # A job of an array may have the array's number, by which Slurm tells of all of them.
+    lines = _squeue(f"--jobs={job}", "--format=%A %L") if job else []
+    left = next((time for number, time in map(str.split, lines) if number == job), "")
+    found = re.fullmatch(r"(?:(?:(\d+)-)?(\d+):)?(\d+):(\d+)", left)
     if found is None:  # UNLIMITED, NOT_SET, INVALID
         return None
     days, hours, minutes, seconds = (int(part or 0) for part in found.groups())

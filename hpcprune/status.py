@@ -75,15 +75,23 @@ def look(paths: Iterable[Path]) -> list[Status]:
 def _status(path: Path, beat: Beat, jobs: dict[str, str]) -> Status:
     folders = step_folders(path / "checkpoints")
     newest = folders[0][1] if folders else None
-    age = max(0.0, time.time() - newest.stat().st_mtime) if newest else None
+    age = _age(newest) if newest else None
     if (path / "report.json").is_file():
         state = "complete"
         beat.left = None
-    elif beat.slurm_job in jobs:
-        state = jobs[beat.slurm_job].lower()
     else:
-        state = "running" if _alive(path / "job.yaml", beat) else "cut"
+        alive = _alive(path / "job.yaml", beat)
+        state = jobs.get(beat.slurm_job, "RUNNING" if alive else "cut").lower()
+        if state == "running" and not alive and time.time() - beat.written > STALE:
+            state = "cut"  # in a job that goes on, such as salloc's
     return Status(path, state, beat, newest.name if newest else None, age)
+
+
+def _age(path: Path) -> float | None:
+    try:
+        return max(0.0, time.time() - path.stat().st_mtime)
+    except OSError:  # a newer one has come, and this one is gone
+        return None
 
 
 def _alive(job: Path, beat: Beat) -> bool:
@@ -113,7 +121,7 @@ def print_statuses(statuses: Sequence[Status], console: Console) -> None:
             as_percent(beat.sparsity) if beat.stage else DASH,
             f"{name} {as_metric(value, name)}" if name else DASH,
             as_seconds(beat.left) if status.state == "running" else DASH,
-            f"{as_seconds(status.checkpoint_age)} ago" if status.checkpoint else "never",
+            f"{as_seconds(status.checkpoint_age)} ago" if status.checkpoint_age is not None else "never",
         ]
         table.add_row(*(Text(plain(cell)) for cell in cells))
     console.print(table)

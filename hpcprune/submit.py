@@ -16,9 +16,10 @@ from pathlib import Path
 from hpcprune.errors import HpcpruneError, JobError
 from hpcprune.job_file import load_job
 
-__all__ = ["SubmitError", "Sweep", "batch_text", "parse_sweep", "run_folder", "sbatch", "template"]
+__all__ = ["SubmitError", "Sweep", "account_flags", "batch_text", "parse_sweep", "run_folder", "sbatch", "template"]
 
 PATIENCE = 60.0  # seconds for sbatch's answer
+WHERE = ("--account", "-A", "--partition", "-p", "--qos", "-q", "--clusters", "-M", "--reservation")
 # What sbatch says, and what to do about it.
 FIXES = {
     "invalid partition": "sinfo shows which there are",
@@ -76,7 +77,7 @@ def batch_text(
         sweep: makes it an array with a task for each value, whose run goes into a folder of its own in `out`.
     """
     if sweep is not None:
-        flags = [*flags, f"--array=0-{len(sweep.values) - 1}"]
+        flags = ["--output=hpcprune-%A_%a.out", *flags, f"--array=0-{len(sweep.values) - 1}"]
     ours = [f"#SBATCH {shlex.join(flags)}"] if flags else []
     ours += ["", f"set -- {shlex.join(arguments)}"]
     if sweep is not None:
@@ -90,6 +91,18 @@ def batch_text(
     return "\n".join([*lines[:after], *ours, *lines[after:], ""])
 
 
+def account_flags(flags: Sequence[str]) -> list[str]:
+    """Those of sbatch's flags that a job needs as much as the one before it: who pays, and where it runs."""
+    found: list[str] = []
+    for flag, value in zip(flags, [*flags[1:], ""], strict=True):
+        name = flag.partition("=")[0]
+        if name in WHERE:
+            found += [flag] if "=" in flag else [flag, value]
+        elif flag[:2] in WHERE and not flag.startswith("--"):
+            found.append(flag)
+    return found
+
+
 def run_folder(job: Path, overrides: Sequence[str], sweep: Sweep | None) -> str:
     """Where a job's run goes, or the runs of a sweep; JobError if the job is not right with any of the swept values."""
     out = load_job(job, overrides).out
@@ -100,8 +113,8 @@ def run_folder(job: Path, overrides: Sequence[str], sweep: Sweep | None) -> str:
     return f"{out}-sweep"
 
 
-def sbatch(text: str) -> str:
-    """Hand a script to sbatch; the job's number.
+def sbatch(text: str, flags: Sequence[str] = ()) -> str:
+    """Hand a script to sbatch; the job's number. `flags`: those that must win over SBATCH_... in the environment, too.
 
     Raises:
         SubmitError: there is no sbatch, or it refuses; with what it says.
@@ -109,7 +122,9 @@ def sbatch(text: str) -> str:
     if not shutil.which("sbatch"):
         raise SubmitError("sbatch is not on PATH; do this where Slurm's commands are, or print the script: --dry-run")
     try:
-        done = subprocess.run(["sbatch", "--parsable"], input=text, capture_output=True, text=True, timeout=PATIENCE)
+        done = subprocess.run(
+            ["sbatch", "--parsable", *flags], input=text, capture_output=True, text=True, timeout=PATIENCE
+        )
     except subprocess.TimeoutExpired:
         raise SubmitError(
             f"sbatch has not answered for {PATIENCE:.0f} s; is the controller up? scontrol ping"

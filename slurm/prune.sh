@@ -3,53 +3,70 @@
 #
 #     sbatch [-N 4 --ntasks-per-node=2 ...] slurm/prune.sh jobs/mnist/job.yaml [KEY=VALUE]...
 #
-# Ranks: one a GPU where GPUs are asked for (--gres=gpu:4), else as many as tasks, else one a core that Slurm gives.
+# Ranks: as many as tasks, else one a GPU where GPUs are asked for (--gres=gpu:4), else one a CPU that Slurm gives.
 #SBATCH --job-name=hpcprune
 #SBATCH --output=hpcprune-%j.out --open-mode=append
 #SBATCH --signal=B:USR1@120 --requeue
-set -uo pipefail
+set -o pipefail
 cd "$SLURM_SUBMIT_DIR" || exit 1
 hpcprune=(hpcprune)
 [ -z "${HPCPRUNE_SITE:-}" ] && [ ! -f slurm/site.sh ] || source "${HPCPRUNE_SITE:-slurm/site.sh}" || exit 1
-say() { echo "$(date +%FT%T) $SLURM_JOB_ID.${SLURM_RESTART_COUNT:-0} $*"; }
+set -u
+job=${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID} job=${job:-$SLURM_JOB_ID}
+say() { echo "$(date +%FT%T) $job.${SLURM_RESTART_COUNT:-0} $*"; }
+left=$((${HPCPRUNE_RESTARTS:-20} - ${SLURM_RESTART_COUNT:-0}))
+[ $left -ge 0 ] || { say "no start of HPCPRUNE_RESTARTS is left; sbatch the same again to go on"; exit 1; }
 
-per_node=${SLURM_GPUS_ON_NODE:-$((SLURM_CPUS_ON_NODE / ${SLURM_CPUS_PER_TASK:-1}))}
-ranks=${SLURM_NTASKS:-$((per_node * SLURM_JOB_NUM_NODES))}
-run=(srun --ntasks="$ranks" --cpus-per-task="${SLURM_CPUS_PER_TASK:-1}" --cpu-bind=cores --label --kill-on-bad-exit=0 --wait=30)
+cpus=$(tr , '\n' <<< "$SLURM_JOB_CPUS_PER_NODE" | sed 's/(.*//' | sort -n | head -1)  # of the node that has the fewest
+ranks=${SLURM_NTASKS:-$((${SLURM_GPUS_ON_NODE:-$((cpus / ${SLURM_CPUS_PER_TASK:-1}))} * SLURM_JOB_NUM_NODES))}
+per_node=$(((ranks + SLURM_JOB_NUM_NODES - 1) / SLURM_JOB_NUM_NODES))
+each=${SLURM_CPUS_PER_TASK:-$((per_node < cpus ? cpus / per_node : 1))}
+run=(srun --export=ALL --ntasks="$ranks" --cpus-per-task="$each" --cpu-bind=cores --label --kill-on-bad-exit=0 --wait=30)
+[ $((per_node * each)) -le "$cpus" ] || run+=(--overcommit)  # as when GPUs were asked for and no CPUs
 
-# Told to stop, the ranks write a checkpoint and end with 75; those that do not listen yet, with 128 + the signal.
-told= pid=
-trap 'told=USR1; [ -z "$pid" ] || kill -USR1 $pid' USR1  # time is nearly up, or another job needs the nodes
-trap 'told=TERM' TERM                                    # Slurm ends this job, and has told the ranks
-
-find_mpi() {  # the first way to start MPI by which the ranks find each other
-    for mpi in pmix pmi2 none; do
-        srun --mpi=list 2>&1 | grep -qw $mpi && "${run[@]}" --mpi=$mpi "${hpcprune[@]}" doctor --launch && return
+told=
+trap 'told=USR1' USR1  # time is nearly up, or another job needs the nodes
+trap 'told=TERM' TERM  # Slurm ends this job
+attend() {  # run a command whose ranks are told to stop when this script is; its exit status
+    "$@" & pid=$!
+    while kill -0 $pid 2>/dev/null; do
+        if [ -z "$told" ]; then wait $pid; else scancel --quiet --signal=TERM "$job"; sleep 2; fi
     done
-    [ -n "$told" ] || say "the ranks do not find each other under any --mpi that Slurm has; see above"
-    return 1
+    wait $pid
 }
-find_mpi; status=$?
-if [ $status = 0 ] && [ -z "$told" ]; then
+
+known=$(srun --mpi=list 2>&1) status=1
+for mpi in pmix pmi2 none; do  # the first by which the ranks find each other
+    [ -z "$told" ] && grep -qw $mpi <<< "$known" || continue
+    attend timeout -k 10 120 "${run[@]}" --mpi=$mpi "${hpcprune[@]}" doctor --launch && status=0 && break
+done
+if [ -n "$told" ]; then
+    status=75
+elif [ $status != 0 ]; then
+    say "the ranks do not find each other under any --mpi that Slurm has; see above"
+else
     say "$ranks ranks on $SLURM_JOB_NODELIST, by --mpi=$mpi, the first by which they find each other"
-    "${run[@]}" --mpi=$mpi "${hpcprune[@]}" run "$@" & pid=$!
-    [ -z "$told" ] || kill -USR1 $pid
-    while kill -0 $pid 2>/dev/null; do wait $pid; status=$?; done  # a signal ends a wait early
+    attend "${run[@]}" --mpi=$mpi "${hpcprune[@]}" run "$@"; status=$?
     [ $status = 0 ] && exit 0
 fi
 
+# 75: told to stop, and the checkpoint is complete. 143: told before it could listen; or a rank died and the others were
+# ended for it. Anything else is an error, unless a node does not answer any more.
 silent=$(for node in $(scontrol show hostnames "$SLURM_JOB_NODELIST"); do
-    timeout 20 srun --nodes=1 --ntasks=1 --nodelist="$node" --overlap --mpi=none true 2>/dev/null || echo "$node" &
+    env -i PATH="$PATH" ${SLURM_CONF:+SLURM_CONF="$SLURM_CONF"} timeout -k 5 20 srun --jobid="$SLURM_JOB_ID" --overlap \
+        --nodes=1 --ntasks=1 --nodelist="$node" --mpi=none true 2>/dev/null || echo "$node" &
 done; wait)
-case $told,$status,$silent in
-    TERM,*) say "ended with $status after SIGTERM"; exit $status ;;
-    *,75,* | USR1,0,* | USR1,138,* | ,143,*) why="told to stop" ;;
-    *,) say "ended with $status"; exit $status ;;
-    *) why="no answer from $(echo $silent)" ;;
-esac
-if [ "${SLURM_RESTART_COUNT:-0}" -ge "${HPCPRUNE_RESTARTS:-20}" ]; then
-    say "$why, and not requeued: that was start $((SLURM_RESTART_COUNT + 1)); sbatch the same again to go on"
-    exit 1
+grep -qx "$SLURMD_NODENAME" <<< "$silent" && silent=  # this very node: it is the question that fails
+preempted() { scontrol show job "$SLURM_JOB_ID" | grep -q 'PreemptTime=[0-9]'; }
+if [ "$told" != TERM ] && { [ $status = 75 ] || { [ $status = 143 ] && { [ -n "$told" ] || preempted; }; }; }; then
+    why="told to stop"
+elif [ "$told" != TERM ] && [ -n "$silent" ]; then
+    why="no answer from $(echo $silent)"
+else
+    say "ended with $status${told:+ after SIG$told}"
+    exit $status
 fi
-say "$why; requeued, to go on from the newest checkpoint"
-scontrol requeue "$SLURM_JOB_ID" && sleep 120  # in which Slurm ends this script
+[ $left -gt 0 ] || { say "$why, and not requeued: HPCPRUNE_RESTARTS is reached; sbatch the same again to go on"; exit 1; }
+say "$why; requeuing, to go on from the newest checkpoint"
+scontrol requeue "$job" && sleep 120  # in which Slurm ends this script
+exit 1

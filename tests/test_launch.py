@@ -25,11 +25,15 @@ def squeue(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def test_ranks_that_would_share_a_gpu_over_nccl_are_refused() -> None:
-    check_gpus("auto", 4, 4)
-    check_gpus("mpi", 8, 4)
+    four = [f"GPU {number} of {host}" for host in ("node1", "node2") for number in (1, 2)]
+    check_gpus("auto", four)
+    check_gpus("auto", ["", ""])
+    check_gpus("mpi", [four[0]] * 4)
     for exchange in ("auto", "torch"):
-        with pytest.raises(WorldError, match=r"^8 ranks on \S+ share 4 GPUs, .*srun --ntasks-per-node=4\), or write "):
-            check_gpus(exchange, 8, 4)
+        with pytest.raises(
+            WorldError, match=r"^ranks 1 and 4 share GPU 2 of node1, and nccl .*exchange: mpi"
+        ):
+            check_gpus(exchange, [*four, four[1]])
 
 
 @pytest.mark.parametrize(
@@ -56,9 +60,9 @@ def test_a_limit_before_the_next_checkpoint_is_told(keys: dict[str, int], left: 
     [("9:30", 570), ("1:00:05", 3605), ("2-03:00:00", 183600), ("UNLIMITED", None), ("INVALID", None), ("", None)],
 )
 def test_the_time_that_slurm_leaves(squeue: Path, text: str, seconds: float | None) -> None:
-    squeue.with_name("squeue.says").write_text(f"{text}\n")
+    squeue.with_name("squeue.says").write_text(f"18 3:00\n17 {text}\n" if text else "")
     assert seconds_left({"SLURM_JOB_ID": "17"}) == seconds
-    assert squeue.with_name("squeue.asked").read_text().split() == ["--noheader", "--jobs=17", "--format=%L"]
+    assert squeue.with_name("squeue.asked").read_text().split() == ["--noheader", "--jobs=17", "--format=%A", "%L"]
     assert seconds_left({}) is None
 
 

@@ -10,11 +10,10 @@ from pathlib import Path
 import pytest
 
 from hpcprune.errors import JobError
-from hpcprune.submit import SubmitError, Sweep, batch_text, parse_sweep, run_folder, sbatch, template
+from hpcprune.submit import SubmitError, Sweep, account_flags, batch_text, parse_sweep, run_folder, sbatch, template
 from tests.conftest import ROOT, Command
 
 GOLDEN = ROOT / "tests/golden"
-HEAD = '#!/usr/bin/env bash\n# what it is\n#SBATCH --job-name=x\n#SBATCH --requeue\nset -u\necho "$@"\n'
 SCRIPTS = {
     "plain": (["jobs/mnist/job.yaml"], ["--nodes=4"], None),
     "flags": (
@@ -30,7 +29,7 @@ SCRIPTS = {
 def test_the_text_is_the_golden_one(name: str) -> None:
     """To make them anew after a change that is meant: HPCPRUNE_GOLDEN=1 pytest tests/test_submit.py"""
     arguments, flags, sweep = SCRIPTS[name]
-    text = batch_text(HEAD, arguments, flags, sweep, "runs/mnist-sweep")
+    text = batch_text(template("prune.sh"), arguments, flags, sweep, "runs/mnist-sweep")
     golden = GOLDEN / f"submit-{name}.sh"
     if os.environ.get("HPCPRUNE_GOLDEN"):
         golden.write_text(text)
@@ -48,6 +47,12 @@ def test_bash_gets_the_arguments_that_were_given(name: str) -> None:
         assert done.stdout.splitlines() == [*arguments, *more], done.stderr
 
 
+def test_the_comparison_runs_where_the_sweep_runs() -> None:
+    flags = ["-A", "mine", "--time=5", "--partition=big", "-qlong", "--exclusive", "--qos", "high", "-N", "2"]
+    assert account_flags(flags) == ["-A", "mine", "--partition=big", "-qlong", "--qos", "high"]
+    assert account_flags(["--exclusive"]) == []
+
+
 @pytest.mark.parametrize("script", sorted(path.name for path in (ROOT / "slurm").glob("*.sh")))
 def test_the_scripts_are_bash(script: str) -> None:
     assert subprocess.run(["bash", "-n", ROOT / "slurm" / script]).returncode == 0
@@ -59,8 +64,8 @@ def test_the_command_prints_slurms_script_with_the_job_in_it(hpcprune: Command) 
     )
     text = template("prune.sh")
     ours = "#SBATCH --nodes=4 --time=5\n\nset -- jobs/mnist/job.yaml prune.sparsity=0.9\n"
-    head, rest = text.split("set -uo pipefail\n")
-    assert printed.out == f"{head}{ours}set -uo pipefail\n{rest}"
+    head, rest = text.split("set -o pipefail\n")
+    assert printed.out == f"{head}{ours}set -o pipefail\n{rest}"
 
 
 @pytest.mark.parametrize("text", ["", "prune.sparsity", "=1,2", "prune.sparsity=", "prune.sparsity=0.9,", "a=1,1"])

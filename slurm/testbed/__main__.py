@@ -2,7 +2,7 @@
 
 Each node has its own network, processes and mounts; the files and the cores are shared. As root:
 
-    python3 slurm/testbed up [--nodes 4] [--cores 2] [--accounting]
+    python3 slurm/testbed up [--nodes 4] [--cores 2] [--gpus 0] [--accounting]
     export SLURM_CONF=/tmp/hpcprune-testbed/slurm.conf      # in every shell that talks to it
     sbatch ...
     python3 slurm/testbed fail node2        # its power is gone; unplug node2: its cable
@@ -36,6 +36,7 @@ def main() -> None:
     up.add_argument("--nodes", type=int, default=4)
     up.add_argument("--cores", type=int, default=2, help="that each node says it has")
     up.add_argument("--megabytes", type=int, default=4000, help="of memory that each node says it has")
+    up.add_argument("--gpus", type=int, default=0, help="that each node says it has")
     up.add_argument("--accounting", action="store_true", help="sacct works, with MariaDB")
     commands.add_parser("down", help="end it and remove its files")
     for command, what in (
@@ -56,7 +57,7 @@ def main() -> None:
 def act(cluster: Cluster, given: argparse.Namespace) -> None:
     """Do what the command line says."""
     if given.command == "up":
-        cluster.up(given.nodes, given.cores, given.megabytes, given.accounting)
+        cluster.up(given.nodes, given.cores, given.megabytes, given.gpus, given.accounting)
         print(f"{given.nodes} nodes are up\nexport SLURM_CONF={cluster.configuration}")
     elif given.command == "down":
         cluster.down()

@@ -85,11 +85,16 @@ class Cluster:
             raise ClusterError(f"no node {name!r}; there are {', '.join(self.names)}")
         return Node(name, self.folder)
 
-    def up(self, nodes: int, cores: int, megabytes: int, accounting: bool) -> None:
-        """Start a cluster of nodes that claim so many cores and so much memory each, and wait until all are idle."""
+    def up(self, nodes: int, cores: int, megabytes: int, gpus: int, accounting: bool) -> None:
+        """Start a cluster of nodes that claim so many cores, GPUs and so much memory, and wait until all are idle."""
         self._check(accounting)
         if self._shape.exists():
             self.down()
+        if Path("/sys/class/net", BRIDGE).exists():
+            raise ClusterError(
+                "a cluster is up on this machine; end it: testbed --folder FOLDER down (if nothing is left of it: "
+                f"ip link del {BRIDGE})"
+            )
         for name in ("state", "log", "run", "spool", "tmp"):
             (self.folder / name).mkdir(parents=True, exist_ok=True)
         self._shape.write_text(json.dumps({"nodes": nodes}))
@@ -98,7 +103,7 @@ class Cluster:
             (self.folder / "tmp" / name).mkdir(exist_ok=True)
         try:
             self.network.up()
-            self._configure(cores, megabytes, accounting)
+            self._configure(cores, megabytes, gpus, accounting)
             self._start_munge()
             if accounting:
                 self._start_accounting()
@@ -146,11 +151,12 @@ class Cluster:
         if not Network.possible():
             raise ClusterError("network namespaces cannot be made here (a container without CAP_SYS_ADMIN?)")
 
-    def _configure(self, cores: int, megabytes: int, accounting: bool) -> None:
+    def _configure(self, cores: int, megabytes: int, gpus: int, accounting: bool) -> None:
         values = {"folder": str(self.folder), "machine": self._machine, "controller": self.network.outside}
         shape = (
             f"CPUs={cores} Boards=1 SocketsPerBoard=1 CoresPerSocket={cores} ThreadsPerCore=1 RealMemory={megabytes}"
         )
+        shape += f" Gres=gpu:{gpus}" if gpus else ""
         nodes = [
             f"NodeName={name} NodeHostname={name} NodeAddr={self.network.address(name)} Port=17901 {shape}"
             for name in self.names
@@ -160,6 +166,8 @@ class Cluster:
         template = Template(Path(__file__).with_name("slurm.conf").read_text())
         self.configuration.write_text(template.substitute(values))
         (self.folder / "cgroup.conf").write_text("CgroupAutomount=no\nCgroupPlugin=cgroup/v1\n")  # v1 needs no mount
+        # There are none: the number alone is dealt out.
+        (self.folder / "gres.conf").write_text(f"Name=gpu Count={gpus}\n" if gpus else "")
         (self.folder / "hosts").write_text(self.network.hosts_file())
         (self.folder / "nsswitch.conf").write_text("hosts: files\npasswd: files\ngroup: files\n")
         daemon = self.folder / "slurmdbd.conf"

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from slurm.testbed.network import Network
 from tests.conftest import ROOT
 
 FOLDER = Path("/tmp/hpcprune-testbed-of-tests")
@@ -104,9 +105,9 @@ class Slurm:
 def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Slurm]:
     if os.environ.get("HPCPRUNE_NO_SLURM"):
         pytest.skip("HPCPRUNE_NO_SLURM is set")
-    if os.geteuid():
-        pytest.skip("slurm/testbed needs root")
-    emulate("up", "--nodes", str(NODES))
+    if not Network.possible():
+        pytest.skip("slurm/testbed needs root, and to be allowed to make network namespaces")
+    emulate("up", "--nodes", str(NODES), "--gpus", "2")
     yield Slurm(tmp_path_factory.mktemp("slurm"))
     emulate("down")
 

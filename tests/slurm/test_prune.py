@@ -93,7 +93,7 @@ def test_before_its_time_is_up_it_is_saved_and_requeued(slurm: Slurm, tmp_path: 
     job = submit(slurm, out, "--time=1", "--signal=B:USR1@20", sleep=0.4)
     job.end()
     assert_went_on(job, out, uninterrupted)
-    assert "stopped by SIGUSR1" in job.text and "told to stop; requeued" in job.text
+    assert "stopped by SIGTERM" in job.text and "told to stop; requeuing" in job.text
 
 
 @pytest.mark.parametrize("seconds", [0.2, 2.5])
@@ -104,7 +104,7 @@ def test_told_to_stop_before_it_listens_it_is_requeued_too(slurm: Slurm, tmp_pat
     time.sleep(seconds)
     job.signal("--signal=USR1", "--batch")
     assert job.end() == "COMPLETED", job.text
-    assert int(job.show()["Restarts"]) == 1 and "told to stop; requeued" in job.text
+    assert int(job.show()["Restarts"]) == 1 and "told to stop; requeuing" in job.text
 
 
 def test_from_sbatch_to_a_checked_checkpoint(slurm: Slurm, mpirun: Launch, tmp_path: Path) -> None:
@@ -131,7 +131,35 @@ def test_a_users_mistake_ends_it_at_once_and_once(slurm: Slurm, tmp_path: Path) 
     assert int(job.show()["Restarts"]) == 0
     assert job.show()["ExitCode"] == "2:0"
     assert job.text.count("prune.sparsity=1.2: 1.2 is not in [0, 1)") == 1
-    assert "requeued" not in job.text
+    assert "requeuing" not in job.text
+
+
+def test_a_rank_that_dies_alone_ends_it_once(slurm: Slurm, tmp_path: Path) -> None:
+    """Before it can say a word to the others, which Slurm ends half a minute later."""
+    (tmp_path / "task.py").write_text("import os\nos._exit(3) if os.environ['SLURM_PROCID'] == '1' else None\n")
+    (tmp_path / "job.yaml").write_text("task: task.py\nprune: {sparsity: 0.5}\ntrain: {epochs: 1}\n")
+    job = slurm.sbatch(tmp_path / "run", SCRIPT, tmp_path / "job.yaml", "--out", tmp_path / "run", flags=TWO)
+    assert job.end() == "FAILED"
+    assert int(job.show()["Restarts"]) == 0 and "requeuing" not in job.text, job.text
+
+
+@pytest.mark.parametrize(
+    ("flags", "shape"),
+    [
+        (("--nodes=2", "--gres=gpu:2"), "4 ranks with 1 thread"),
+        (("--nodes=2", "--exclusive"), "4 ranks with 1 thread"),
+        (("--nodes=2", "--exclusive", "--ntasks-per-node=1"), "2 ranks with 2 threads"),
+        (("--ntasks=3", "--nodes=2"), "3 ranks with 1 thread"),
+        (("--nodes=1-2", "--ntasks-per-node=2"), "4 ranks with 1 thread"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else " ".join(value),
+)
+def test_ranks_are_as_many_as_the_tasks_the_gpus_or_the_cpus(
+    slurm: Slurm, tmp_path: Path, flags: tuple[str, ...], shape: str
+) -> None:
+    job = slurm.sbatch(tmp_path / "run", SCRIPT, TINY, "--out", tmp_path / "run", flags=flags)
+    assert job.end() == "COMPLETED", job.text
+    assert shape in job.text
 
 
 def test_the_number_of_restarts_is_limited(slurm: Slurm, tmp_path: Path) -> None:
@@ -143,7 +171,7 @@ def test_the_number_of_restarts_is_limited(slurm: Slurm, tmp_path: Path) -> None
     job.signal("--signal=USR1", "--batch")
     assert job.end() == "FAILED"
     assert int(job.show()["Restarts"]) == 1
-    assert "told to stop, and not requeued: that was start 2" in job.text
+    assert "told to stop, and not requeued: HPCPRUNE_RESTARTS is reached" in job.text
 
 
 def test_scancel_ends_all_within_10_seconds_with_a_complete_checkpoint(slurm: Slurm, tmp_path: Path) -> None:
@@ -151,14 +179,15 @@ def test_scancel_ends_all_within_10_seconds_with_a_complete_checkpoint(slurm: Sl
     job = submit(slurm, out)
     in_the_middle(job, out)
     job.wait(lambda: job.state == "RUNNING", "it to run")
-    start = time.monotonic()
+    start, told = time.monotonic(), time.time()
     job.signal()
     assert job.end() == "CANCELLED"
     processes = lambda: [p for p in Path("/proc").glob("[0-9]*/cmdline") if str(out).encode() in _read(p)]  # noqa: E731
     job.wait(lambda: not processes(), "all processes to be gone", 10 - (time.monotonic() - start))
     path, passed_over = newest_step(out / "checkpoints")
     assert path is not None and not passed_over
-    assert read_step(path).about["ledger"]["run_step"] % 10, "it should have been saved when it was told to end"
+    read_step(path)
+    assert path.stat().st_mtime > told, "it should have been saved when it was told to end"
     assert "stopped by SIGTERM" in job.text
 
 

@@ -13,28 +13,33 @@ import pytest
 from hpcprune.checkpoint import read_model
 from tests.conftest import ROOT
 from tests.slurm.conftest import Slurm, SlurmJob
+from tests.slurm.test_prune import in_the_middle
 from tests.slurm.test_prune import submit as submit_tiny
 
 pytestmark = pytest.mark.timeout(600)
 TINY = ROOT / "tests/jobs/tiny/job.yaml"
 
 
-def hpcprune(slurm: Slurm, folder: Path, *arguments: str | Path) -> subprocess.CompletedProcess[str]:
+def hpcprune(slurm: Slurm, folder: Path, *arguments: str | Path, **env: str) -> subprocess.CompletedProcess[str]:
     """Run a command in a folder, as on a login node."""
     command = [sys.executable, "-m", "hpcprune", *map(str, arguments)]
     return subprocess.run(
-        command, cwd=folder, env=slurm.environment, capture_output=True, text=True, timeout=60, check=False
+        command, cwd=folder, env={**slurm.environment, **env}, capture_output=True, text=True, timeout=60, check=False
     )
 
 
 def test_a_sweep_ends_in_one_table_and_one_plot(slurm: Slurm, tmp_path: Path) -> None:
-    done = hpcprune(
-        slurm, tmp_path, "submit", TINY, "out=runs/tiny", "--sweep", "prune.sparsity=0.5,0.7,0.9", "--", "--ntasks=1"
-    )
+    """Also if one of its runs is told to stop on the way: that one alone starts again."""
+    sweep = ("submit", TINY, "out=runs/tiny", "--sweep", "prune.sparsity=0.5,0.7,0.9", "--", "--ntasks=1")
+    done = hpcprune(slurm, tmp_path, *sweep, TINY_SLEEP="0.1")
     assert done.returncode == 0, done.stderr
-    _, last = re.findall(r"^job (\d+)", done.stdout, re.MULTILINE)
+    array, last = re.findall(r"^job (\d+)", done.stdout, re.MULTILINE)
+    tasks = [SlurmJob(f"{array}_{n}", tmp_path / f"hpcprune-{array}_{n}.out", slurm.environment) for n in range(3)]
+    in_the_middle(tasks[2], tmp_path / "runs/tiny-sweep/prune.sparsity=0.9")
+    tasks[2].signal("--signal=USR1", "--batch")
     comparison = SlurmJob(last, tmp_path / f"hpcprune-compare-{last}.out", slurm.environment)
     assert comparison.end() == "COMPLETED", comparison.text
+    assert [int(task.show()["Restarts"]) for task in tasks] == [0, 0, 1]
     runs = tmp_path / "runs/tiny-sweep"
     for sparsity in (0.5, 0.7, 0.9):
         found = read_model(runs / f"prune.sparsity={sparsity}/model.h5").about["sparsity"]
@@ -67,7 +72,7 @@ def test_a_run_is_seen_from_outside_while_it_runs(slurm: Slurm, tmp_path: Path) 
         (["--partition=gpu"], r"invalid partition specified: gpu.*; sinfo shows which there are"),
         (["--nodes=99"], r"More processors requested than permitted; sinfo -o '%P %D %c' shows"),
         (["--mem=900G"], r"node configuration is not available; sinfo -o '%P %D %c %m %G'"),
-        (["--gres=gpu:1"], r"[Ii]nvalid generic resource.*; sinfo -o '%P %G' shows"),
+        (["--gres=fpga:1"], r"[Ii]nvalid generic resource.*; sinfo -o '%P %G' shows"),
         (["--frobnicate"], r"unrecognized option.*--frobnicate.*; flags behind -- go to sbatch"),
     ],
 )
@@ -78,7 +83,8 @@ def test_what_slurm_refuses_is_shown_with_what_to_do(slurm: Slurm, tmp_path: Pat
 
 
 def test_flags_with_spaces_and_quotes_reach_slurm(slurm: Slurm, tmp_path: Path) -> None:
-    done = hpcprune(slurm, tmp_path, "submit", TINY, "--", "--hold", '--comment=it\'s "mine" alone', "--time", "7")
+    flags = ("--hold", '--comment=it\'s "mine" alone', "--time", "7")
+    done = hpcprune(slurm, tmp_path, "submit", TINY, "--", *flags, SBATCH_TIMELIMIT="9")
     (number,) = re.findall(r"^job (\d+)", done.stdout, re.MULTILINE)
     job = SlurmJob(number, tmp_path / "none", slurm.environment)
     assert 'Comment=it\'s "mine" alone' in job._slurm("scontrol", "--oneliner", "show", "job", number)
