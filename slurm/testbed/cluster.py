@@ -166,8 +166,11 @@ class Cluster:
         template = Template(Path(__file__).with_name("slurm.conf").read_text())
         self.configuration.write_text(template.substitute(values))
         (self.folder / "cgroup.conf").write_text("CgroupAutomount=no\nCgroupPlugin=cgroup/v1\n")  # v1 needs no mount
-        # There are none: the number alone is dealt out.
-        (self.folder / "gres.conf").write_text(f"Name=gpu Count={gpus}\n" if gpus else "")
+        # There are none: files stand for them, so that numbers are dealt out.
+        files = [self.folder / "run" / f"gpu{number}" for number in range(gpus)]
+        for file in files:
+            file.touch()
+        (self.folder / "gres.conf").write_text("".join(f"Name=gpu File={file}\n" for file in files))
         (self.folder / "hosts").write_text(self.network.hosts_file())
         (self.folder / "nsswitch.conf").write_text("hosts: files\npasswd: files\ngroup: files\n")
         daemon = self.folder / "slurmdbd.conf"
