@@ -30,9 +30,7 @@ def test_ranks_that_would_share_a_gpu_over_nccl_are_refused() -> None:
     check_gpus("auto", ["", ""])
     check_gpus("mpi", [four[0]] * 4)
     for exchange in ("auto", "torch"):
-        with pytest.raises(
-            WorldError, match=r"^ranks 1 and 4 share GPU 2 of node1, and nccl .*exchange: mpi"
-        ):
+        with pytest.raises(WorldError, match=r"^ranks 1 and 4 share GPU 2 of node1, and nccl .*exchange: mpi"):
             check_gpus(exchange, [*four, four[1]])
 
 

@@ -17,7 +17,7 @@ from tests.slurm.conftest import Slurm, SlurmJob, clear, emulate
 __all__ = ["uninterrupted"]
 
 pytestmark = pytest.mark.timeout(600)
-TWO = ("--nodes=2", "--ntasks-per-node=1", "--exclusive")
+TWO = ("--nodes=2", "--ntasks-per-node=1", "--exclusive", "--cpus-per-task=1")  # with threads as under mpirun
 SCRIPT, TINY = ROOT / "slurm/prune.sh", ROOT / "tests/jobs/tiny/job.yaml"
 
 
