@@ -143,23 +143,22 @@ def test_a_rank_that_dies_alone_ends_it_once(slurm: Slurm, tmp_path: Path) -> No
     assert int(job.show()["Restarts"]) == 0 and "requeuing" not in job.text, job.text
 
 
-@pytest.mark.parametrize(
-    ("flags", "shape"),
-    [
-        (("--nodes=2", "--gres=gpu:2"), "4 ranks with 1 thread"),
-        (("--nodes=2", "--exclusive"), "4 ranks with 1 thread"),
-        (("--nodes=2", "--exclusive", "--ntasks-per-node=1"), "2 ranks with 2 threads"),
-        (("--ntasks=3", "--nodes=2"), "3 ranks with 1 thread"),
-        (("--nodes=1-2", "--ntasks-per-node=2"), "4 ranks with 1 thread"),
-    ],
-    ids=lambda value: value if isinstance(value, str) else " ".join(value),
-)
-def test_ranks_are_as_many_as_the_tasks_the_gpus_or_the_cpus(
-    slurm: Slurm, tmp_path: Path, flags: tuple[str, ...], shape: str
-) -> None:
-    job = slurm.sbatch(tmp_path / "run", SCRIPT, TINY, "--out", tmp_path / "run", flags=flags)
-    assert job.end() == "COMPLETED", job.text
-    assert shape in job.text
+SHAPES = {
+    ("--nodes=2", "--gres=gpu:2"): "4 ranks with 1 thread",
+    ("--nodes=2", "--exclusive"): "4 ranks with 1 thread",
+    ("--nodes=2", "--exclusive", "--ntasks-per-node=1"): "2 ranks with 2 threads",
+    ("--ntasks=3", "--nodes=2"): "3 ranks with 1 thread",
+    ("--nodes=1-2", "--ntasks-per-node=2"): "4 ranks with 1 thread",
+}
+
+
+def test_ranks_are_as_many_as_the_tasks_the_gpus_or_the_cpus(slurm: Slurm, tmp_path: Path) -> None:
+    jobs = {}
+    for number, flags in enumerate(SHAPES):
+        out = tmp_path / str(number)
+        jobs[flags] = slurm.sbatch(out, SCRIPT, TINY, "--out", out, flags=flags)
+    for flags, job in jobs.items():
+        assert job.end() == "COMPLETED" and SHAPES[flags] in job.text, job.text
 
 
 def test_the_number_of_restarts_is_limited(slurm: Slurm, tmp_path: Path) -> None:
