@@ -145,10 +145,8 @@ def test_a_rank_that_dies_alone_ends_it_once(slurm: Slurm, tmp_path: Path) -> No
 
 SHAPES = {
     ("--nodes=2", "--gres=gpu:2"): "4 ranks with 1 thread",
-    ("--nodes=2", "--exclusive"): "4 ranks with 1 thread",
     ("--nodes=2", "--exclusive", "--ntasks-per-node=1"): "2 ranks with 2 threads",
     ("--ntasks=3", "--nodes=2"): "3 ranks with 1 thread",
-    ("--nodes=1-2", "--ntasks-per-node=2"): "4 ranks with 1 thread",
 }
 
 
