@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
+import os
 import resource
 import shutil
 import signal
@@ -9,6 +12,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import IO
 
 import pytest
 
@@ -238,3 +242,30 @@ def test_metrics_that_cannot_be_written_are_an_error_with_the_way_on(home: Path,
     resumed = opened(tmp_path / "run", job(home))
     resumed.open_metrics(before)
     assert list(resumed.read_metrics()) == [line(1)]
+
+
+def test_the_lock_is_one_that_nfs_grants(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """NFS locks a file for writing only if it is open for writing (flock(2)); it may have to be waited for."""
+    asked = []
+
+    def flock(file: IO[str], operation: int) -> None:
+        asked.append(operation)
+        if fcntl.fcntl(file, fcntl.F_GETFL) & os.O_ACCMODE == os.O_RDONLY:
+            raise OSError(errno.EBADF, "Bad file descriptor")
+        if len(asked) < 3:
+            raise BlockingIOError(errno.EWOULDBLOCK, "held by a host that was lost")
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    opened(tmp_path / "run", job(home))
+    assert asked == [fcntl.LOCK_EX | fcntl.LOCK_NB] * 3
+
+
+@pytest.mark.parametrize("number", [errno.ENOSYS, errno.ENOLCK])
+def test_a_disk_without_locks_is_no_obstacle(
+    home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    def flock(file: IO[str], operation: int) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    opened(tmp_path / "run", job(home))
