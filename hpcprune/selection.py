@@ -102,6 +102,8 @@ class Group:
         places = ((np.arange(wanted) + jitter) * (self.size / max(wanted, 1))).astype(np.int64).clip(max=self.size - 1)
         found = [np.empty(0, self.form.integer)]
         for part, end in zip(self.parts, ends, strict=True):
+            if not part.integers.size:
+                continue  # of a format, perhaps, that no score has, and that the group's does not hold
             start = end - part.integers.size
             first, last = np.searchsorted(places, (start, end))
             inside = part.integers[places[first:last] - start]

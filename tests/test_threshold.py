@@ -157,6 +157,12 @@ def test_differing_dtypes_are_compared_exactly(
     check(arrays, k, absolute, limits)
 
 
+@pytest.mark.parametrize("empty", DTYPES)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_what_is_empty_has_no_say_in_the_format(dtype: str, empty: str) -> None:
+    check([as_dtype([], empty), as_dtype(ODD, dtype), as_dtype([], empty)], 9, False)
+
+
 def test_differing_dtypes_longer_than_a_block() -> None:
     random = np.random.default_rng(0)
     arrays = [as_dtype(np.round(random.standard_normal(300_001), 2), dtype) for dtype in ("bfloat16", "float32")]
