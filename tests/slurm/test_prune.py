@@ -88,9 +88,9 @@ def test_whatever_happens_it_goes_on_to_the_same_weights(
 
 
 def test_before_its_time_is_up_it_is_saved_and_requeued(slurm: Slurm, tmp_path: Path, uninterrupted: Path) -> None:
-    """Its limit is a minute; after 22 s, some in training, it is told to stop, and its steps alone take 18."""
+    """Its limit is a minute; after 40 s it is told to stop, and its steps alone take as long."""
     out = tmp_path / "run"
-    job = submit(slurm, out, "--time=1", "--signal=B:USR1@38", sleep=0.2)
+    job = submit(slurm, out, "--time=1", "--signal=B:USR1@20", sleep=0.4)
     job.end()
     assert_went_on(job, out, uninterrupted)
     assert "stopped by SIGTERM" in job.text and "told to stop; requeuing" in job.text
