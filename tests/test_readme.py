@@ -24,8 +24,9 @@ def blocks(text: str, language: str) -> list[str]:
     return re.findall(rf"^```{language}\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
 
 
-def commands() -> list[str]:
-    lines = [line.partition("  #")[0].strip() for block in blocks(README, "sh") for line in block.splitlines()]
+def commands(text: str) -> list[str]:
+    """What a page tells its reader to type."""
+    lines = [line.partition("  #")[0].strip() for block in blocks(text, "sh") for line in block.splitlines()]
     return [line for line in lines if line]
 
 
@@ -39,7 +40,7 @@ def copy(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_the_readme_has_the_two_commands_and_more() -> None:
-    found = commands()
+    found = commands(README)
     assert set(found) >= NOT_RUN | {"make demo", "hpcprune doctor"}
     for name in ("run", "plan", "check", "show", "diff", "export"):
         assert any(f"hpcprune {name} " in line for line in found), name
@@ -49,7 +50,7 @@ def test_the_readme_has_the_two_commands_and_more() -> None:
 def test_the_readmes_commands_work_one_after_the_other(copy: Path) -> None:
     environment = launch_environment({"PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}"})
     environment["PRTE_MCA_rmaps_default_mapping_policy"] = ":oversubscribe"
-    for line in commands():
+    for line in commands(README):
         if line in NOT_RUN:
             continue
         # The environment is there: make must use this one, and believe that it is up to date.

@@ -11,13 +11,10 @@ import pytest
 
 from tests.conftest import ROOT
 from tests.slurm.conftest import Slurm, emulate
+from tests.test_readme import commands
 
 TEXT = (ROOT / "docs/slurm.md").read_text()
-LINES = [
-    line.partition("  #")[0].strip()
-    for block in re.findall(r"^```sh\n(.*?)^```", TEXT, re.MULTILINE | re.DOTALL)
-    for line in block.splitlines()
-]
+LINES = commands(TEXT)
 ASKED = re.findall(r"^\| ((?:`[^`]+`(?:, | or )?)+)[^|]*\| (?:as|a)", TEXT, re.MULTILINE)
 
 
