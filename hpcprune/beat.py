@@ -58,6 +58,11 @@ class Pulse:
         if time.time() - self.beat.written > EVERY:
             self._write()
 
+    def evaluation(self, metrics: dict[str, float]) -> None:
+        """The network was evaluated; a run's last beat is this one."""
+        self.beat.metrics = metrics
+        self._write()
+
     @property
     def pace(self) -> float:
         """Seconds a step of this stage."""

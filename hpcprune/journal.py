@@ -76,7 +76,7 @@ class Journal:
             "seconds": seconds,
         }
         ledger.evaluations.append(found)
-        self._pulse.beat.metrics = metrics
+        self._pulse.evaluation(metrics)
         self._log("evaluation", ledger, **found)
 
     def _log(self, kind: str, ledger: Ledger, **values: Any) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import signal
@@ -12,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from hpcprune.beat import read_beat
 from hpcprune.checkpoint import State, newest_step, read_model, read_step
 from tests.conftest import ROOT, Launch, launch_command, launch_environment
 
@@ -60,6 +62,12 @@ def test_a_run_leaves_its_result_and_its_report(uninterrupted: Path) -> None:
     zeros = sum(int((layer.values == 0).sum()) for layer in state.layers.values())
     assert zeros == round(0.9 * weights)
     assert all(layer.attributes["criterion"] == "magnitude" for layer in state.layers.values())
+
+
+def test_its_status_ends_with_the_result(uninterrupted: Path) -> None:
+    last = json.loads((uninterrupted / "report.json").read_text())["evaluations"][-1]
+    beat = read_beat(uninterrupted / "status.json")
+    assert beat is not None and beat.metrics == last["metrics"]
 
 
 def test_running_again_says_that_it_is_complete(mpirun: Launch, uninterrupted: Path) -> None:
