@@ -12,13 +12,10 @@ runs/mnist/
 
 from __future__ import annotations
 
-import errno
-import fcntl
 import io
 import json
 import os
 import shutil
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
@@ -26,6 +23,7 @@ from typing import IO, Any
 from hpcprune.errors import JobError
 from hpcprune.job import Job, differences
 from hpcprune.job_file import load_job
+from hpcprune.lock import hold
 
 __all__ = ["RunFolder"]
 
@@ -109,34 +107,15 @@ class RunFolder:
             if not self.job.exists():
                 self._new.write_text(f"{_DIGEST}{job.digest()}\n{job.to_yaml(beside=self.path)}")
                 self._new.replace(self.job)
-            self._lock = self.job.open("r+")  # NFS locks for writing only what is open for writing
-            self._hold(self._lock)
+            self._lock = self.job.open("r+")
+            # A lost host's lock lives on for a minute and more on NFS; and somebody may be looking at this one.
+            restarted = int(os.environ.get("SLURM_RESTART_COUNT", "0"))
+            if not hold(self._lock, LOST_HOST if restarted else PATIENCE):
+                raise JobError(f"out: another process is running in {self.path}; wait for it, or choose another")
         except OSError as error:
             raise JobError(
                 f"out: {self.path} cannot be written: {error.strerror}; choose another folder with --out"
             ) from None
-
-    def _hold(self, file: IO[str]) -> None:
-        """Lock it for this process; where files cannot be locked, do without.
-
-        A lock may outlive its holder: that of a host that was lost, on NFS, for a minute and more; and somebody may be
-        looking at it. So it is waited for.
-        """
-        end = time.monotonic() + (LOST_HOST if int(os.environ.get("SLURM_RESTART_COUNT", "0")) else PATIENCE)
-        while True:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                return
-            except BlockingIOError:
-                if time.monotonic() > end:
-                    raise JobError(
-                        f"out: another process is running in {self.path}; wait for it, or choose another"
-                    ) from None
-                time.sleep(0.2)
-            except OSError as error:
-                if error.errno not in (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK):
-                    raise
-                return
 
     def open_metrics(self, length: int) -> None:
         """Open metrics.jsonl for more lines behind its first `length` bytes; what was behind them is cut off."""

@@ -11,14 +11,12 @@ and why. `HPCPRUNE_NATIVE` forces one of numpy, portable, avx2 and avx512; `HPCP
 from __future__ import annotations
 
 import ctypes
-import fcntl
 import hashlib
 import os
 import platform
 import shutil
 import subprocess
 import tempfile
-import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -26,6 +24,7 @@ from functools import lru_cache
 from pathlib import Path
 
 from hpcprune.errors import HpcpruneError
+from hpcprune.lock import hold
 
 __all__ = ["BLOCK", "COMPILERS", "Library", "describe", "library", "sources", "threads_or_default"]
 
@@ -162,21 +161,11 @@ def _find_or_build(environ: Mapping[str, str]) -> tuple[Path, str]:
 @contextmanager
 def _lock(path: Path) -> Iterator[None]:
     """Hold a file's lock. Where the file system has none, go on without: two would compile the same thing twice."""
-    end = time.monotonic() + LONGEST_COMPILE
     with path.open("w") as file:
-        while True:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError:
-                if time.monotonic() > end:
-                    waited = (
-                        f"waited {LONGEST_COMPILE:g} s for another process to compile; is {path} held by a dead host?"
-                    )
-                    raise UnavailableError(waited) from None
-                time.sleep(0.05)
-            except OSError:
-                break
+        with suppress(OSError):
+            if not hold(file, LONGEST_COMPILE):
+                waited = f"waited {LONGEST_COMPILE:g} s for another process to compile; is {path} held by a dead host?"
+                raise UnavailableError(waited)
         yield
 
 
