@@ -5,7 +5,6 @@
 #SBATCH --job-name=hpcprune-check
 #SBATCH --output=hpcprune-check-%j.out
 #SBATCH --ntasks=1
-set -o pipefail
 cd "$SLURM_SUBMIT_DIR" || exit 1
 hpcprune=(hpcprune)
 [ -z "${HPCPRUNE_SITE:-}" ] && [ ! -f slurm/site.sh ] || source "${HPCPRUNE_SITE:-slurm/site.sh}" || exit 1

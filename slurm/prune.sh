@@ -7,7 +7,6 @@
 #SBATCH --job-name=hpcprune
 #SBATCH --output=hpcprune-%j.out --open-mode=append
 #SBATCH --signal=B:USR1@120 --requeue
-set -o pipefail
 cd "$SLURM_SUBMIT_DIR" || exit 1
 hpcprune=(hpcprune)
 [ -z "${HPCPRUNE_SITE:-}" ] && [ ! -f slurm/site.sh ] || source "${HPCPRUNE_SITE:-slurm/site.sh}" || exit 1
@@ -52,19 +51,19 @@ fi
 
 # 75: told to stop, and the checkpoint is complete. 143: told before it could listen; or a rank died and the others were
 # ended for it. Anything else is an error, unless a node does not answer any more.
-silent=$(for node in $(scontrol show hostnames "$SLURM_JOB_NODELIST"); do
-    env -i PATH="$PATH" ${SLURM_CONF:+SLURM_CONF="$SLURM_CONF"} timeout -k 5 20 srun --jobid="$SLURM_JOB_ID" --overlap \
-        --nodes=1 --ntasks=1 --nodelist="$node" --mpi=none true 2>/dev/null || echo "$node" &
-done; wait)
-grep -qx "$SLURMD_NODENAME" <<< "$silent" && silent=  # this very node: it is the question that fails
+over() { say "ended with $status${told:+ after SIG$told}"; exit $status; }
 preempted() { scontrol show job "$SLURM_JOB_ID" | grep -q 'PreemptTime=[0-9]'; }
-if [ "$told" != TERM ] && { [ $status = 75 ] || { [ $status = 143 ] && { [ -n "$told" ] || preempted; }; }; }; then
+[ "$told" != TERM ] || over
+if [ $status = 75 ] || { [ $status = 143 ] && { [ -n "$told" ] || preempted; }; }; then
     why="told to stop"
-elif [ "$told" != TERM ] && [ -n "$silent" ]; then
-    why="no answer from $(echo $silent)"
 else
-    say "ended with $status${told:+ after SIG$told}"
-    exit $status
+    silent=$(for node in $(scontrol show hostnames "$SLURM_JOB_NODELIST"); do
+        env -i PATH="$PATH" ${SLURM_CONF:+SLURM_CONF="$SLURM_CONF"} timeout -k 5 20 srun --jobid="$SLURM_JOB_ID" --overlap \
+            --nodes=1 --ntasks=1 --nodelist="$node" --mpi=none true 2>/dev/null || echo "$node" &
+    done; wait)
+    grep -qx "$SLURMD_NODENAME" <<< "$silent" && silent=  # this very node: it is the question that fails
+    [ -n "$silent" ] || over
+    why="no answer from $(echo $silent)"
 fi
 [ $left -gt 0 ] || { say "$why, and not requeued: HPCPRUNE_RESTARTS is reached; sbatch the same again to go on"; exit 1; }
 say "$why; requeuing, to go on from the newest checkpoint"

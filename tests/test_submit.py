@@ -68,8 +68,8 @@ def test_the_command_prints_slurms_script_with_the_job_in_it(hpcprune: Command) 
     )
     text = template("prune.sh")
     ours = "#SBATCH --nodes=4 --time=5\n\nset -- jobs/mnist/job.yaml prune.sparsity=0.9\n"
-    head, rest = text.split("set -o pipefail\n")
-    assert printed.out == f"{head}{ours}set -o pipefail\n{rest}"
+    head, rest = text.split('cd "$SLURM_SUBMIT_DIR"')
+    assert printed.out == f'{head}{ours}cd "$SLURM_SUBMIT_DIR"{rest}'
 
 
 @pytest.mark.parametrize("text", ["", "prune.sparsity", "=1,2", "prune.sparsity=", "prune.sparsity=0.9,", "a=1,1"])
