@@ -1,11 +1,11 @@
 """What a job on a cluster loses when something happens to it, and what sending survivors alone gains there.
 
-    python bench/slurm.py           # as root: it starts slurm/testbed
+    python bench/recovery.py        # as root: it starts slurm/testbed
 
-Recovery: a run on two of four nodes is disturbed in its first round of retraining; measured are the seconds until it
-does steps again, most of which are Slurm's own (noticing a dead node, requeueing), set short on the testbed. Exchange:
-jobs/mnist on four nodes at 1 Gbit/s, one step of its last round, 95 % pruned, with survivors packed and with everything
-sent, in turns. The nodes share this machine's cores: read the ratio.
+Recovery: a run on two nodes is disturbed in its first round of retraining, as in tests/slurm; measured are the seconds
+until it does steps again, most of which are Slurm's own (noticing a dead node, requeueing), set short on the testbed.
+Exchange: jobs/mnist on four nodes at 1 Gbit/s, one step of its last round, 95 % pruned, with survivors packed and with
+everything sent, in turns. The nodes share this machine's cores: read the ratio.
 """
 
 from __future__ import annotations
@@ -24,21 +24,21 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from hpcprune.beat import read_beat
 from tests.conftest import ROOT
 from tests.slurm.conftest import Slurm, SlurmJob, clear, emulate
+from tests.slurm.test_prune import DISTURBANCES, SCRIPT, in_the_middle, submit
 
-TINY, MNIST, SCRIPT = ROOT / "tests/jobs/tiny/job.yaml", ROOT / "jobs/mnist/job.yaml", ROOT / "slurm/prune.sh"
+MNIST = ROOT / "jobs/mnist/job.yaml"
 TURNS = 2
 # One round to 95 %, long enough for a median.
 SHORT = ("train.epochs=0.2", "retrain.epochs=0.3", "prune.rounds=1", "prune.schedule=one-shot", "prune.sparsity=0.95")
 
 
-def recover(slurm: Slurm, base: Path, name: str, disturb: Callable[[SlurmJob], object]) -> float:
+def recover(slurm: Slurm, base: Path, name: str, disturb: Callable[[Slurm, SlurmJob, Path], object]) -> float:
     """Seconds from a disturbance until the run does steps again."""
     out = base / name.replace(" ", "-")
-    flags = ("--nodes=2", "--ntasks-per-node=1")
-    job = slurm.sbatch(out, SCRIPT, TINY, "retrain.packing=always", "--out", out, flags=flags, TINY_SLEEP="0.2")
-    job.wait((out / "checkpoints/step-00000040").exists, "the checkpoint of step 40")
-    disturb(job)
+    job = submit(slurm, out, sleep=0.2)
+    in_the_middle(job, out)
     start = time.monotonic()
+    disturb(slurm, job, out)
     job.wait(lambda: "going on from" in job.text, "it to go on")
     again = time.time()
     job.wait(lambda: (beat := read_beat(out / "status.json")) is not None and beat.written > again, "a step")
@@ -46,6 +46,11 @@ def recover(slurm: Slurm, base: Path, name: str, disturb: Callable[[SlurmJob], o
     assert job.end() == "COMPLETED", job.text
     clear(slurm)
     return seconds
+
+
+def tell(slurm: Slurm, job: SlurmJob, out: Path) -> None:
+    """As Slurm does before a time limit."""
+    job.signal("--signal=USR1", "--batch")
 
 
 def step_seconds(slurm: Slurm, base: Path, packing: str, turn: int) -> float:
@@ -74,21 +79,8 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as folder:
             base = Path(folder)
             slurm = Slurm(base)
-            urgent = base / "urgent.sh"
-            urgent.write_text("#!/bin/sh\nsleep 5\n")
-
-            def push(_: SlurmJob) -> object:
-                return slurm.sbatch(base / "urgent", urgent, flags=("--partition=high", "--nodes=4", "--exclusive"))
-
-            events: dict[str, Callable[[SlurmJob], object]] = {
-                "signal, as before a time limit": lambda job: job.signal("--signal=USR1", "--batch"),
-                "pushed out for 5 s by a partition of higher priority": push,
-                "power lost: a node": lambda job: emulate("fail", job.nodes[1]),
-                "power lost: the batch host": lambda job: emulate("fail", job.nodes[0]),
-                "cable pulled": lambda job: emulate("unplug", job.nodes[1]),
-            }
             print(f"{'':56}{'seconds':>8}")
-            for name, disturb in events.items():
+            for name, disturb in {"told to stop": tell, **DISTURBANCES}.items():
                 print(f"{name:56}{recover(slurm, base, name, disturb):8.1f}", flush=True)
             emulate("rate", "1gbit")
             found: dict[str, list[float]] = {"always": [], "never": []}
