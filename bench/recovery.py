@@ -23,7 +23,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from hpcprune.beat import read_beat
 from tests.conftest import ROOT
-from tests.slurm.conftest import Slurm, SlurmJob, clear, emulate
+from tests.slurm.conftest import NODES, Slurm, SlurmJob, clear, emulate
 from tests.slurm.test_prune import DISTURBANCES, SCRIPT, in_the_middle, submit
 
 MNIST = ROOT / "jobs/mnist/job.yaml"
@@ -74,7 +74,7 @@ def step_seconds(slurm: Slurm, base: Path, packing: str, turn: int) -> float:
 def main() -> None:
     if os.geteuid():
         sys.exit("root is needed, for slurm/testbed")
-    emulate("up")
+    emulate("up", "--nodes", str(NODES))
     try:
         with tempfile.TemporaryDirectory() as folder:
             base = Path(folder)
