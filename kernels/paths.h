@@ -69,4 +69,29 @@ void in_threads(int64_t runs, const Work& work) {
   for (std::thread& thread : threads) thread.join();
 }
 
+// A pool of threads that is there already: OpenMP's, which torch uses too, found by whoever loads this library. With a
+// pool of our own beside it the two would take each other's cores.
+struct Pool {
+  void (*parallel)(void (*work)(void*), void* data, unsigned threads, unsigned flags);  // GOMP_parallel
+  int (*number)();                                                                      // omp_get_thread_num
+  int (*count)();                                                                       // omp_get_num_threads
+};
+
+// Runs work(0) ... work(runs - 1) on the pool's threads, or as `in_threads` does where there is no pool.
+template <class Work>
+void in_pool(const Pool* pool, int64_t runs, const Work& work) {
+  if (runs == 1) return work(0);
+  if (!pool) return in_threads(runs, work);
+  struct Call {
+    const Pool* pool;
+    int64_t runs;
+    const Work& work;
+  } call{pool, runs, work};
+  const auto share = [](void* data) {
+    const Call& call = *static_cast<Call*>(data);
+    for (int64_t run = call.pool->number(); run < call.runs; run += call.pool->count()) call.work(run);
+  };
+  pool->parallel(share, &call, static_cast<unsigned>(runs), 0);
+}
+
 }  // namespace hpcprune

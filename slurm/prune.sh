@@ -66,6 +66,8 @@ else
     why="no answer from $(echo $silent)"
 fi
 [ $left -gt 0 ] || { say "$why, and not requeued: HPCPRUNE_RESTARTS is reached; sbatch the same again to go on"; exit 1; }
+# Requeued before Slurm has given the node up, a job with --exclusive may never be started again (22.05: BadConstraints).
+[ "$why" = "told to stop" ] || { say "$why; Slurm requeues this job when it gives that up"; sleep 600; }
 say "$why; requeuing, to go on from the newest checkpoint"
 scontrol requeue "$job" && sleep 120  # in which Slurm ends this script
 exit 1

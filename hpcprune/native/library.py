@@ -4,8 +4,9 @@ Compiling on the user's machine needs no wheel a platform and fits the compiler 
 CPU of an architecture: which instructions a call may use is asked of the CPU at run time. Many ranks start at once, so
 one compiles under a lock while the others wait, and a library appears under its name only when it is whole.
 
-Every path gives the same bits, so it does not matter for a result which one a rank has come to; `describe` says which
-and why. `HPCPRUNE_NATIVE` forces one of numpy, portable, avx2 and avx512; `HPCPRUNE_CACHE` moves the cache.
+Every path gives the same bits of what concerns masks and survivors, so it does not matter which one a rank has come to;
+sparse products differ in their last bits, as any two orders of summing do. `describe` says which path was chosen and
+why. `HPCPRUNE_NATIVE` forces one of numpy, portable, avx2 and avx512; `HPCPRUNE_CACHE` moves the cache.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ from hpcprune.lock import hold
 __all__ = ["BLOCK", "COMPILERS", "Library", "describe", "library", "sources", "threads_or_default"]
 
 PATHS = ("portable", "avx2", "avx512")  # in the order of the numbers that the kernels give them
-FLAGS = ("-O3", "-std=c++17", "-shared", "-fPIC", "-pthread")
+FLAGS = ("-O3", "-std=c++17", "-ffp-contract=fast", "-shared", "-fPIC", "-pthread")
 COMPILERS = ("g++", "c++", "clang++")
 LONGEST_COMPILE = 180.0  # seconds; also how long a rank waits for another one's compiler
 BLOCK = 1 << 20  # elements that the numpy path takes at a time; a multiple of 8
@@ -202,6 +203,11 @@ def _load(file: Path) -> ctypes.CDLL:
             ("update", integer, [integer] * 2 + [pointer, long, pointer, pointer, integer]),
             ("zero_pruned", integer, [integer, pointer, long, pointer, integer]),
             ("popcount", long, [pointer, long]),
+            ("panels_bytes", long, [pointer, long, long, integer, pointer]),
+            ("panels_fill", None, [pointer, long, long, integer, long, pointer, pointer]),
+            ("panels_refill", integer, [pointer, long, integer, pointer, pointer, integer, pointer]),
+            ("spmm", integer, [integer] * 2 + [pointer] * 3 + [long, pointer, pointer, integer, pointer]),
+            ("sddmm", integer, [integer] * 2 + [pointer] * 4 + [long, pointer, integer, pointer]),
         ):
             function = getattr(code, f"hpcprune_{name}")
             function.restype, function.argtypes = result, arguments

@@ -1,0 +1,187 @@
+"""Which layers run sparse: those that were measured faster so, with the inputs and the threads that they will have.
+
+Pruning saves time only where a sparse product beats the dense one, and that depends on the shape, the sparsity, how
+many samples come at once and the machine. So every layer is timed both ways, in turns, on inputs of the shapes that it
+is given by the model; and the model as a whole is timed after that, and left dense if it has not become faster.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from statistics import median
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hpcprune.masks import Masks
+from hpcprune.sparse.modules import sparse_module
+from hpcprune.sparse.panels import FLOATS, SparseError, kernels
+
+__all__ = ["Choice", "Sparsified", "sparsify"]
+
+TURNS = 9  # of each contender; more disturb each other less than they disturb the user
+LEAST = 2e-3  # seconds that a turn takes at least, so that the clock can tell
+MARGIN = 0.97  # of the dense time, below which sparse counts as faster
+
+
+@dataclass(frozen=True)
+class Choice:
+    """How a layer runs. calls: the shapes of its inputs in one inference. Seconds are those of all its calls."""
+
+    name: str
+    sparsity: float
+    calls: tuple[tuple[int, ...], ...]
+    dense_seconds: float
+    sparse_seconds: float
+    sparse: bool
+
+
+@dataclass(frozen=True)
+class Sparsified:
+    """What `sparsify` found. Seconds are those of one inference, None where it was not told how one is done.
+
+    undone: layers were faster alone and the model as a whole was not, so that all of them are dense again.
+    """
+
+    layers: tuple[Choice, ...]
+    threads: int
+    dense_seconds: float | None
+    sparse_seconds: float | None
+    undone: bool
+    reason: str | None = None
+
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        return asdict(self)
+
+
+@torch.no_grad()
+def sparsify(
+    model: nn.Module, masks: Masks, infer: Callable[[], object] | None = None, *, samples: int = 1
+) -> Sparsified:
+    """Replace, in place, the pruned Linear and Conv2d layers of `model` that are faster sparse; for inference alone.
+
+    Args:
+        infer: runs the model once on what it will be given, as `lambda: model(batch)`. Without it Linear layers are
+            tried with `samples` rows, and the model as a whole is not timed.
+
+    The weights of a layer that was replaced take memory for its survivors only. The result says for each layer what was
+    measured; what has no sparse counterpart is not listed. Nothing is replaced where there are no compiled kernels.
+    """
+    try:
+        kernels()
+    except SparseError as why:
+        return Sparsified((), torch.get_num_threads(), None, None, False, str(why))
+    was_training = model.training
+    model.eval()
+    candidates = {name: module for name, module in model.named_modules() if f"{name}.weight" in masks}
+    inputs = _inputs(candidates, infer, samples)
+    choices, replaced = [], {}
+    for name, dense in candidates.items():
+        calls = inputs.get(name, [])
+        sparse = sparse_module(dense, masks.bits(f"{name}.weight")) if calls else None
+        if sparse is None:
+            continue
+        sparse.eval()
+        dense_seconds, sparse_seconds = _time_layer(dense, sparse, calls)
+        faster = sparse_seconds < MARGIN * dense_seconds
+        sparsity = 1 - masks.densities[f"{name}.weight"]
+        shapes = tuple(tuple(call.shape) for call in calls)
+        choices.append(Choice(name, sparsity, shapes, dense_seconds, sparse_seconds, faster))
+        if faster:
+            replaced[name] = sparse
+    found = _swap_if_faster(model, candidates, replaced, infer)
+    model.train(was_training)
+    return Sparsified(tuple(choices), torch.get_num_threads(), *found)
+
+
+def _inputs(
+    layers: Mapping[str, nn.Module], infer: Callable[[], object] | None, samples: int
+) -> dict[str, list[Tensor]]:
+    """Noise in the shapes of the inputs that each layer is called with."""
+    if infer is None:
+        return {
+            name: [torch.randn(samples, layer.in_features, dtype=layer.weight.dtype)]
+            for name, layer in layers.items()
+            if isinstance(layer, nn.Linear)
+        }
+    found: dict[str, list[Tensor]] = {name: [] for name in layers}
+
+    def watch(name: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
+        def called(module: nn.Module, arguments: tuple[Any, ...]) -> None:
+            if len(arguments) == 1 and isinstance(arguments[0], Tensor) and arguments[0].dtype in FLOATS:
+                found[name].append(torch.randn(arguments[0].shape, dtype=arguments[0].dtype))
+
+        return called
+
+    hooks = [layer.register_forward_pre_hook(watch(name)) for name, layer in layers.items()]
+    try:
+        infer()
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return found
+
+
+def _time_layer(dense: nn.Module, sparse: nn.Module, calls: Sequence[Tensor]) -> tuple[float, float]:
+    """Seconds of all calls, dense and sparse."""
+
+    def runner(module: nn.Module) -> Callable[[], None]:
+        def run() -> None:
+            for call in calls:
+                module(call)
+
+        return run
+
+    return time_in_turns(runner(dense), runner(sparse))
+
+
+def time_in_turns(first: Callable[[], object], second: Callable[[], object]) -> tuple[float, float]:
+    """The median seconds of two contenders that are run in turns, each turn at least LEAST long."""
+    repeats, seconds = [], ([], [])  # type: list[int], tuple[list[float], list[float]]
+    for contender in (first, second):
+        contender()
+        start = time.perf_counter()
+        contender()
+        repeats.append(max(1, round(LEAST / max(1e-7, time.perf_counter() - start))))
+    for _ in range(TURNS):
+        for contender, count, own in zip((first, second), repeats, seconds, strict=True):
+            start = time.perf_counter()
+            for _ in range(count):
+                contender()
+            own.append((time.perf_counter() - start) / count)
+    return median(seconds[0]), median(seconds[1])
+
+
+def _swap_if_faster(
+    model: nn.Module,
+    dense: Mapping[str, nn.Module],
+    sparse: Mapping[str, nn.Module],
+    infer: Callable[[], object] | None,
+) -> tuple[float | None, float | None, bool]:
+    """Swap layers in, and out again if an inference has not become faster: its seconds, and whether they are out."""
+    if infer is None:
+        _put(model, sparse)
+        return None, None, False
+
+    def with_layers(layers: Mapping[str, nn.Module]) -> Callable[[], object]:
+        def run() -> object:
+            _put(model, layers)
+            return infer()
+
+        return run
+
+    own = {name: dense[name] for name in sparse}
+    dense_seconds, sparse_seconds = time_in_turns(with_layers(own), with_layers(sparse))
+    undone = bool(sparse) and sparse_seconds >= dense_seconds
+    _put(model, own if undone else sparse)
+    return dense_seconds, sparse_seconds, undone
+
+
+def _put(model: nn.Module, layers: Mapping[str, nn.Module]) -> None:
+    for name, layer in layers.items():
+        parent, _, child = name.rpartition(".")
+        setattr(model.get_submodule(parent), child, layer)

@@ -1,0 +1,116 @@
+"""Modules that hold their surviving weights alone: in place of Linear and Conv2d, for inference."""
+
+from __future__ import annotations
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from hpcprune.native.survivors import gather
+from hpcprune.sparse.ops import panels_linear
+from hpcprune.sparse.panels import FLOATS, lay_out, refill
+from hpcprune.tensors import to_array
+
+__all__ = ["SparseConv2d", "SparseLinear", "sparse_module"]
+
+Bits = npt.NDArray[np.uint8]
+
+
+class _Sparse(nn.Module):
+    """A pruned weight matrix [rows, columns] in panels, and a bias."""
+
+    def __init__(self, dense: nn.Linear | nn.Conv2d, bits: Bits) -> None:
+        super().__init__()
+        weight = dense.weight.detach()
+        self.rows, self.columns = weight.shape[0], weight[0].numel()
+        panels = lay_out(bits, self.rows, self.columns)
+        survivors = gather(to_array(weight.contiguous().view(-1)), bits)
+        self.register_buffer("layout", panels.layout)
+        self.register_buffer("value", refill(panels.order, torch.from_numpy(survivors).view(weight.dtype)))
+        self.register_buffer("bias", None if dense.bias is None else dense.bias.detach().float())
+        self.layout: Tensor
+        self.value: Tensor
+        self.bias: Tensor | None
+        self._shape = tuple(weight.shape)
+
+    @property
+    def weight(self) -> Tensor:
+        """The dense weight, made anew at each call: for code that reads a layer's weight instead of calling it."""
+        eye = torch.eye(self.columns, dtype=self.value.dtype)
+        dense: Tensor = panels_linear(eye, self.layout, self.value, None, self.rows)
+        return dense.t().reshape(self._shape)
+
+    @property
+    def nbytes(self) -> int:
+        """What the weights and their layout take."""
+        return self.layout.nbytes + self.value.nbytes
+
+    def _multiply(self, x: Tensor) -> Tensor:
+        if torch.is_autocast_enabled("cpu"):
+            x = x.to(torch.get_autocast_dtype("cpu"))
+        product: Tensor = panels_linear(x, self.layout, self.value, self.bias, self.rows)
+        return product
+
+
+class SparseLinear(_Sparse):
+    """x [..., columns] -> x W^T + bias [..., rows], as the Linear of which it is made."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self._multiply(x)
+
+    def extra_repr(self) -> str:
+        return f"in_features={self.columns}, out_features={self.rows}, bias={self.bias is not None}"
+
+
+class SparseConv2d(_Sparse):
+    """The convolution of which it is made; kernels larger than 1x1 through unfold."""
+
+    def __init__(self, dense: nn.Conv2d, bits: Bits) -> None:
+        super().__init__(dense, bits)
+        assert not isinstance(dense.padding, str)
+        self.kernel_size, self.stride, self.padding, self.dilation = (
+            dense.kernel_size,
+            dense.stride,
+            dense.padding,
+            dense.dilation,
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        sides = zip(x.shape[-2:], self.kernel_size, self.stride, self.padding, self.dilation, strict=True)
+        height, width = (
+            (size + 2 * padding - dilation * (kernel - 1) - 1) // stride + 1
+            for size, kernel, stride, padding, dilation in sides
+        )
+        if self.kernel_size == (1, 1) and self.stride == (1, 1) and self.padding == (0, 0):
+            columns = x.flatten(-2)
+        else:
+            columns = functional.unfold(x, self.kernel_size, self.dilation, self.padding, self.stride)
+        product = self._multiply(columns.transpose(-1, -2))
+        return product.transpose(-1, -2).view(*x.shape[:-3], self.rows, height, width)
+
+    def extra_repr(self) -> str:
+        return f"{self._shape[1]}, {self.rows}, kernel_size={self.kernel_size}, stride={self.stride}"
+
+
+def sparse_module(dense: nn.Module, bits: Bits) -> SparseLinear | SparseConv2d | None:
+    """The sparse module that computes what a dense one does, or None where there is none.
+
+    Subclasses are left alone: what they do with their weight is not known.
+    """
+    if type(dense) is nn.Linear and _fits(dense.weight):
+        return SparseLinear(dense, bits)
+    if (
+        type(dense) is nn.Conv2d
+        and _fits(dense.weight)
+        and dense.groups == 1
+        and dense.padding_mode == "zeros"
+        and not isinstance(dense.padding, str)
+    ):
+        return SparseConv2d(dense, bits)
+    return None
+
+
+def _fits(weight: Tensor) -> bool:
+    return weight.device.type == "cpu" and weight.dtype in FLOATS

@@ -1,0 +1,106 @@
+"""The sparse products as torch operators: hpcprune::panels_linear, survivors_linear and what its gradient needs.
+
+They are registered with torch.library, so that autograd, torch.compile and fake tensors know them. `panels_linear` is
+for inference: it knows no gradient, and so takes no detour. `survivors_linear` is for training: its weights are the
+packed survivors, and so is their gradient.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hpcprune.sparse.panels import FLOATS, SparseError, multiply, refill, sampled
+
+__all__ = ["panels_linear", "survivors_linear"]
+
+
+def _linear(x: Tensor, layout: Tensor, value: Tensor, bias: Tensor | None, rows: int) -> Tensor:
+    if x.dtype not in FLOATS:
+        raise SparseError(f"x is {x.dtype}; sparse products take float32 and bfloat16")
+    flat = x.reshape(-1, x.shape[-1]).contiguous()
+    return multiply(flat, layout, value, None if bias is None else bias.float(), rows).view(*x.shape[:-1], rows)
+
+
+def _sampled(x: Tensor, gradient: Tensor, layout: Tensor, order: Tensor, survivors: int) -> Tensor:
+    flat = x.reshape(-1, x.shape[-1]).contiguous(), gradient.reshape(-1, gradient.shape[-1]).to(x.dtype).contiguous()
+    return sampled(*flat, layout, order, survivors)
+
+
+def _survivors_linear(
+    x: Tensor,
+    survivors: Tensor,
+    bias: Tensor | None,
+    layout: Tensor,
+    order: Tensor,
+    layout_t: Tensor,
+    order_t: Tensor,
+    rows: int,
+) -> Tensor:
+    return _linear(x, layout, refill(order, survivors), bias, rows)
+
+
+def _product_like(x: Tensor, layout: Tensor, value: Tensor, bias: Tensor | None, rows: int) -> Tensor:
+    return x.new_empty(*x.shape[:-1], rows)
+
+
+def _value_like(order: Tensor, survivors: Tensor) -> Tensor:
+    return survivors.new_empty(order.shape)
+
+
+def _gradient_like(x: Tensor, gradient: Tensor, layout: Tensor, order: Tensor, survivors: int) -> Tensor:
+    return x.new_empty(survivors, dtype=torch.float32)
+
+
+def _survivors_product_like(x: Tensor, *operands: Any) -> Tensor:
+    return x.new_empty(*x.shape[:-1], operands[-1])
+
+
+def _keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, survivors, bias, layout, order, layout_t, order_t, _ = inputs
+    ctx.save_for_backward(x, survivors, bias, layout, order, layout_t, order_t)
+
+
+def _backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+    x, survivors, bias, layout, order, layout_t, order_t = ctx.saved_tensors
+    needs_x, needs_survivors, needs_bias, *_ = ctx.needs_input_grad
+    ops = torch.ops.hpcprune
+    of_x = of_survivors = of_bias = None
+    if needs_x:
+        of_x = ops.panels_linear(gradient, layout_t, ops.panels_refill(order_t, survivors), None, x.shape[-1])
+    if needs_survivors:
+        of_survivors = ops.panels_sampled(x, gradient, layout, order, survivors.shape[0]).to(survivors.dtype)
+    if needs_bias:
+        of_bias = gradient.reshape(-1, gradient.shape[-1]).sum(0, dtype=torch.float32).to(bias.dtype)
+    return of_x, of_survivors, of_bias, None, None, None, None, None
+
+
+# Schema, what computes it, what knows its result's shape.
+OPERATORS = (
+    ("panels_linear(Tensor x, Tensor layout, Tensor value, Tensor? bias, int rows) -> Tensor", _linear, _product_like),
+    ("panels_refill(Tensor order, Tensor survivors) -> Tensor", refill, _value_like),
+    (
+        "panels_sampled(Tensor x, Tensor gradient, Tensor layout, Tensor order, int survivors) -> Tensor",
+        _sampled,
+        _gradient_like,
+    ),
+    (
+        "survivors_linear(Tensor x, Tensor survivors, Tensor? bias, Tensor layout, Tensor order, Tensor layout_t, "
+        "Tensor order_t, int rows) -> Tensor",
+        _survivors_linear,
+        _survivors_product_like,
+    ),
+)
+_torch: Any = torch.library  # it has no types
+_library = _torch.Library("hpcprune", "DEF")  # torch forgets the operators when this goes
+for _schema, _compute, _like in OPERATORS:
+    _name = _schema.partition("(")[0]
+    _library.define(_schema)
+    _library.impl(_name, _compute, "CPU")
+    _torch.register_fake(f"hpcprune::{_name}")(_like)
+_torch.register_autograd("hpcprune::survivors_linear", _backward, setup_context=_keep)
+
+panels_linear = torch.ops.hpcprune.panels_linear
+survivors_linear = torch.ops.hpcprune.survivors_linear

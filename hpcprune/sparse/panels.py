@@ -1,0 +1,149 @@
+"""Panels: a pruned weight matrix laid out for products on the CPU (kernels/panels.h).
+
+A layout says which weight each of its entries is; the weights themselves lie beside it, so that one layout serves all
+of a round's steps, in which the weights change and the masks do not.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from hpcprune.errors import HpcpruneError
+from hpcprune.native.library import library
+from hpcprune.native.pool import pool
+from hpcprune.native.survivors import popcount
+
+__all__ = ["Panels", "SparseError", "kernels", "lay_out", "multiply", "refill", "sampled"]
+
+FLOATS = (torch.float32, torch.bfloat16)
+
+
+class SparseError(HpcpruneError):
+    """Sparse products cannot be had, or their operands do not fit."""
+
+
+@dataclass(frozen=True)
+class Panels:
+    """The layout of W [rows, columns]. layout: its bytes. order: which survivor each entry is, -1 for none; int32."""
+
+    rows: int
+    columns: int
+    layout: Tensor
+    order: Tensor
+
+
+def lay_out(bits: npt.NDArray[np.uint8], rows: int, columns: int, *, transposed: bool = False) -> Panels:
+    """Lay out W [rows, columns], or W^T.
+
+    Args:
+        bits: W's packed mask, (rows * columns + 7) // 8 bytes.
+
+    Raises:
+        SparseError: there is no compiled library, or more weights survive than 32 bits count.
+    """
+    code, _ = kernels()
+    bits = np.ascontiguousarray(bits, np.uint8)
+    if bits.size != (rows * columns + 7) // 8:
+        raise SparseError(f"{bits.size} bytes of mask for {rows} x {columns} weights; (weights + 7) // 8 are needed")
+    if popcount(bits) >= 1 << 31:
+        raise SparseError(f"{popcount(bits):,} weights survive in one layer; 2,147,483,647 at most")
+    entries = ctypes.c_int64()
+    length = code.hpcprune_panels_bytes(bits.ctypes.data, rows, columns, transposed, ctypes.byref(entries))
+    layout = torch.empty(length, dtype=torch.uint8)
+    order = torch.empty(4 * entries.value, dtype=torch.int32)
+    code.hpcprune_panels_fill(bits.ctypes.data, rows, columns, transposed, entries, layout.data_ptr(), order.data_ptr())
+    return Panels(*((columns, rows) if transposed else (rows, columns)), layout, order)
+
+
+def refill(order: Tensor, survivors: Tensor) -> Tensor:
+    """A layout's weights, from the packed survivors; zeros where an entry is none."""
+    value = torch.empty(order.shape, dtype=survivors.dtype)
+    code, _ = kernels()
+    threads, size = torch.get_num_threads(), survivors.element_size()
+    _done(
+        code.hpcprune_panels_refill(
+            order.data_ptr(), order.numel(), size, survivors.data_ptr(), value.data_ptr(), threads, pool()
+        )
+    )
+    return value
+
+
+def multiply(x: Tensor, layout: Tensor, value: Tensor, bias: Tensor | None, rows: int) -> Tensor:
+    """x W^T + bias.
+
+    Args:
+        x: [batch, columns], float32 or bfloat16, contiguous.
+        layout: of `lay_out`. value: its weights, of `refill`, float32 or bfloat16; sums are float32.
+        bias: [rows], float32.
+
+    Returns:
+        [batch, rows], of x's dtype.
+    """
+    y = x.new_empty(x.shape[0], rows)
+    kind = (value.dtype == torch.bfloat16) + 2 * (x.dtype == torch.bfloat16)
+    code, level = kernels()
+    _done(
+        code.hpcprune_spmm(
+            level,
+            kind,
+            layout.data_ptr(),
+            value.data_ptr(),
+            x.data_ptr(),
+            x.shape[0],
+            None if bias is None else bias.data_ptr(),
+            y.data_ptr(),
+            torch.get_num_threads(),
+            pool(),
+        )
+    )
+    return y
+
+
+def sampled(x: Tensor, gradient: Tensor, layout: Tensor, order: Tensor, survivors: int) -> Tensor:
+    """The gradient of the survivors alone, of those of gradient^T x: packed, float32.
+
+    Args:
+        x: [batch, columns]. gradient: [batch, rows], with respect to the product. Of one dtype, contiguous.
+    """
+    packed = torch.empty(survivors, dtype=torch.float32)
+    code, level = kernels()
+    _done(
+        code.hpcprune_sddmm(
+            level,
+            x.dtype == torch.bfloat16,
+            layout.data_ptr(),
+            order.data_ptr(),
+            x.data_ptr(),
+            gradient.data_ptr(),
+            x.shape[0],
+            packed.data_ptr(),
+            torch.get_num_threads(),
+            pool(),
+        )
+    )
+    return packed
+
+
+@lru_cache(maxsize=1)
+def kernels() -> tuple[ctypes.CDLL, int]:
+    """The compiled library and the number of its path, asked for once a process: a product may take 5 us.
+
+    Raises:
+        SparseError: there is none.
+    """
+    chosen = library()
+    if chosen.code is None:
+        raise SparseError(f"sparse products need the compiled kernels: {chosen.reason}")
+    return chosen.code, chosen.level
+
+
+def _done(status: int) -> None:
+    if status:
+        raise SparseError("no memory for the sums of a sparse product; use a smaller batch or fewer threads")

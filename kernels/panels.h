@@ -1,0 +1,68 @@
+// How a pruned W lies in memory for products with it: panels.
+//
+// W's columns fall into panels of 256, so that a column is a byte and a panel of X, transposed, stays in the L1 or L2
+// cache while all rows pass over it. Rows fall into chunks of 64, which are what threads share out. Within a panel and a
+// chunk rows are sorted by how many of their weights are left and taken in groups of four of nearly equal length: the
+// inner loop does four rows at once, so their sums hide each other's latency, and its length is known before it begins.
+// Entry j of the four rows lies together; where a row is shorter than the longest of its group it is filled up with
+// zeros. With the weight itself this costs 5 bytes a survivor (3 in bfloat16), and 1 to 7 % of zeros.
+
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+#include <vector>
+
+namespace hpcprune {
+
+constexpr int64_t PANEL = 256;  // columns
+constexpr int64_t CHUNK = 64;   // rows
+constexpr int64_t GROUP = 4;    // rows
+
+// What all the entries are but their weights, in one stretch of memory that begins with the first three numbers.
+struct Layout {
+  int64_t rows, columns, entries;  // of four
+  int64_t panels, chunks, groups;
+  int64_t* start;    // [panels * chunks + 1]: where the entries of a panel's chunk begin
+  uint16_t* length;  // [panels * groups]: entries of a group
+  uint8_t* row;      // [panels * groups * 4]: the rows of a group, counted from the chunk's first
+  uint8_t* column;   // [entries * 4]: counted from the panel's first
+
+  Layout(int64_t rows, int64_t columns, int64_t entries, void* memory)
+      : rows(rows),
+        columns(columns),
+        entries(entries),
+        panels((columns + PANEL - 1) / PANEL),
+        chunks((rows + CHUNK - 1) / CHUNK),
+        groups((rows + GROUP - 1) / GROUP),
+        start(static_cast<int64_t*>(memory) + 3),
+        length(reinterpret_cast<uint16_t*>(start + panels * chunks + 1)),
+        row(reinterpret_cast<uint8_t*>(length + panels * groups)),
+        column(row + panels * groups * GROUP) {}
+
+  explicit Layout(const void* memory) : Layout(const_cast<int64_t*>(static_cast<const int64_t*>(memory))) {}
+  explicit Layout(int64_t* memory) : Layout(memory[0], memory[1], memory[2], memory) {}
+
+  int64_t bytes() const { return 8 * (4 + panels * chunks) + (2 + GROUP) * panels * groups + GROUP * entries; }
+
+  // The first group of a chunk in a panel, among all groups, and the one after its last.
+  int64_t first_group(int64_t panel, int64_t chunk) const { return panel * groups + chunk * (CHUNK / GROUP); }
+  int64_t last_group(int64_t panel, int64_t chunk) const {
+    return panel * groups + std::min((chunk + 1) * (CHUNK / GROUP), groups);
+  }
+};
+
+// Where the chunks are cut so that each of `parts` has about as many entries.
+inline std::vector<int64_t> cut_chunks(const Layout& w, int64_t parts) {
+  std::vector<int64_t> before(w.chunks + 1, 0), result{0};
+  for (int64_t c = 0; c < w.chunks; ++c) {
+    before[c + 1] = before[c] + 1;  // rows without weights cost something too
+    for (int64_t p = 0; p < w.panels; ++p) before[c + 1] += w.start[p * w.chunks + c + 1] - w.start[p * w.chunks + c];
+  }
+  for (int64_t part = 1; part < parts; ++part)
+    result.push_back(std::lower_bound(before.begin(), before.end(), before[w.chunks] * part / parts) - before.begin());
+  result.push_back(w.chunks);
+  return result;
+}
+
+}  // namespace hpcprune

@@ -1,0 +1,83 @@
+// The gradient of the surviving weights alone: value[entry of (row, column)] = sum over b of dY[b, row] X[b, column].
+//
+// W is in panels (panels.h) and so is the gradient; `order` says which survivor an entry is. A tile of X and of dY is
+// transposed as in spmm.cpp: four rows of dY stay in registers while the columns of X that they meet pass by, and the four
+// sums of products, of samples that lie side by side, are folded into four numbers at once.
+//
+//   g++ -O3 -std=c++17 -ffp-contract=fast -shared -fPIC -pthread kernels/*/*.cpp
+//
+// 1. portable: tiles of 8 samples in vectors of 4 floats
+// 2. avx2: tiles of 16 samples in vectors of 8
+// 3. avx512: tiles of 64 samples, or 32, in vectors of 16
+
+#include <algorithm>
+#include <cstdlib>
+#include <type_traits>
+#include <vector>
+
+#include "../panels.h"
+#include "../paths.h"
+#include "../vectors.h"
+
+namespace hpcprune {
+namespace {
+
+constexpr int64_t LARGEST_TILE = 64;  // samples
+
+}  // namespace
+}  // namespace hpcprune
+
+#define BODY "sddmm/sddmm_body.h"
+#include "../each_path.h"
+
+namespace hpcprune {
+namespace {
+
+template <class Element>
+int sddmm(int path, const Layout& w, const int32_t* order, const Element* x, const Element* dy, int64_t batch,
+          float* packed, int threads, const Pool* pool) {
+  const int64_t runs = std::max<int64_t>(1, std::min<int64_t>(threads, w.chunks));
+  const std::vector<int64_t> cuts = cut_chunks(w, runs);
+  int64_t most = 0;
+  for (int64_t run = 0; run < runs; ++run) most = std::max(most, cuts[run + 1] - cuts[run]);
+  const int64_t entries = w.entries * GROUP;
+  const int64_t length = LARGEST_TILE * (PANEL + most * CHUNK);
+  float* scratch = static_cast<float*>(std::aligned_alloc(64, (runs * length + (entries + 15) / 16 * 16) * sizeof(float)));
+  if (!scratch) return 1;
+  float* value = scratch + runs * length;
+  in_pool(pool, runs, [&](int64_t run) {
+    float* own = scratch + run * length;
+    const int64_t first = cuts[run], last = cuts[run + 1];
+    if (first == last) return;
+#if defined(__x86_64__)
+    if (path == WITH_AVX512) avx512::product(w, first, last, x, dy, batch, own, value);
+    else if (path == WITH_AVX2) avx2::product(w, first, last, x, dy, batch, own, value);
+    else
+#endif
+      portable::product(w, first, last, x, dy, batch, own, value);
+    for (int64_t p = 0; p < w.panels; ++p) {
+      const int64_t stop = w.start[p * w.chunks + last] * GROUP;
+      for (int64_t i = w.start[p * w.chunks + first] * GROUP; i < stop; ++i)
+        if (order[i] >= 0) packed[order[i]] = value[i];
+    }
+  });
+  std::free(scratch);
+  return 0;
+}
+
+}  // namespace
+}  // namespace hpcprune
+
+extern "C" {
+
+// `half`: X and dY are bfloat16, else float. `packed` has a place for every survivor. 0, or 1 where memory is short.
+int hpcprune_sddmm(int path, int half, const void* layout, const int32_t* order, const void* x, const void* dy,
+                   int64_t batch, float* packed, int threads, const hpcprune::Pool* pool) {
+  using namespace hpcprune;
+  const Layout w(layout);
+  if (half)
+    return sddmm(path, w, order, static_cast<const bfloat16*>(x), static_cast<const bfloat16*>(dy), batch, packed, threads,
+                 pool);
+  return sddmm(path, w, order, static_cast<const float*>(x), static_cast<const float*>(dy), batch, packed, threads, pool);
+}
+}

@@ -1,0 +1,125 @@
+// Y = X W^T + bias for a pruned W in panels (panels.h): X is [batch, columns] and Y [batch, rows], as F.linear has them.
+//
+// A tile of X, one panel wide, is transposed into a buffer that fits the L1 cache, so that a weight is one broadcast and
+// vectors of samples that lie together; the tile's sums stay in the L2 cache over all panels and are transposed back at
+// the end. The fewer samples there are, the narrower the tile: 32, 16, 8, 4 samples, or one. An element of Y is the same
+// chain of sums, in the order of the columns, whatever the tile and the number of threads: a sample's result does not
+// depend on the batch that it came with.
+//
+//   g++ -O3 -std=c++17 -ffp-contract=fast -shared -fPIC -pthread kernels/*/*.cpp
+//
+// 1. portable: tiles of 8 samples in vectors of 4 floats
+// 2. avx2: tiles of 16 samples in vectors of 8, with fused multiply-add
+// 3. avx512: tiles of 32 samples in vectors of 16
+
+#include <algorithm>
+#include <cstdlib>
+#include <type_traits>
+#include <vector>
+
+#include "../paths.h"
+#include "../vectors.h"
+#include "../panels.h"
+
+namespace hpcprune {
+namespace {
+
+// A part of the work: samples from `sample` on, at most `width` of them, and the rows of chunks [first, last).
+struct Part {
+  int64_t sample, samples, width, first, last;
+};
+
+}  // namespace
+}  // namespace hpcprune
+
+#define BODY "spmm/spmm_body.h"
+#include "../each_path.h"
+
+namespace hpcprune {
+namespace {
+
+// The narrowest tile that holds `samples`, of those that a path has.
+int64_t tile_width(int path, int64_t samples) {
+  if (samples == 1) return 1;
+  const int64_t widest = path == WITH_AVX512 ? 32 : path == WITH_AVX2 ? 16 : 8;
+  int64_t width = 4;
+  while (width < samples && width < widest) width *= 2;
+  return width;
+}
+
+// Few tiles on many threads are cut into rows, until no thread has much less to do than another.
+int64_t parts_of_a_tile(int64_t tiles, int64_t threads, int64_t chunks) {
+  int64_t parts = 1;
+  for (; parts < std::min(threads, chunks); ++parts) {
+    const int64_t rounds = (tiles * parts + threads - 1) / threads;
+    if (10 * tiles * parts >= 9 * rounds * threads) break;
+  }
+  return parts;
+}
+
+template <class Value, class Element>
+int spmm(int path, const Layout& w, const Value* value, const Element* x, int64_t batch, const float* bias, Element* y, int threads,
+         const Pool* pool) {
+  std::vector<Part> tiles, parts;
+  for (int64_t sample = 0; sample < batch;) {
+    const int64_t width = tile_width(path, batch - sample);
+    tiles.push_back({sample, std::min(width, batch - sample), width, 0, w.chunks});
+    sample += tiles.back().samples;
+  }
+  // Blocks of rows whose sums fit the L2 cache.
+  const int64_t blocks = (w.chunks + 63) / 64;
+  const std::vector<int64_t> cuts =
+      cut_chunks(w, std::max(blocks, parts_of_a_tile(tiles.size(), std::max(1, threads), w.chunks)));
+  int64_t most = 0, widest = 1;
+  for (const Part& whole : tiles) {
+    widest = std::max(widest, whole.width);
+    for (size_t i = 0; i + 1 < cuts.size(); ++i) {
+      if (cuts[i] == cuts[i + 1]) continue;
+      most = std::max(most, cuts[i + 1] - cuts[i]);
+      parts.push_back({whole.sample, whole.samples, whole.width, cuts[i], cuts[i + 1]});
+    }
+  }
+  const int64_t runs = std::min<int64_t>(std::max(1, threads), parts.size());
+  if (runs == 0) return 0;
+  const size_t length = (std::max(widest * PANEL, w.columns) + most * CHUNK * widest + 15) / 16 * 16;
+  float* scratch = static_cast<float*>(std::aligned_alloc(64, runs * length * sizeof(float)));
+  if (!scratch) return 1;
+  in_pool(pool, runs, [&](int64_t run) {
+    for (size_t i = run; i < parts.size(); i += runs) {
+      float* own = scratch + run * length;
+#if defined(__x86_64__)
+      if (path == WITH_AVX512) avx512::product(w, value, x, bias, y, parts[i], own);
+      else if (path == WITH_AVX2) avx2::product(w, value, x, bias, y, parts[i], own);
+      else
+#endif
+        portable::product(w, value, x, bias, y, parts[i], own);
+    }
+  });
+  std::free(scratch);
+  return 0;
+}
+
+}  // namespace
+}  // namespace hpcprune
+
+extern "C" {
+
+// `layout` is what `hpcprune_panels_fill` made, `value` has a weight for each of its entries. Of `kind`, 1 is set where
+// the weights are bfloat16, else float, and 2 where X and Y are; bias is float, or null. 0, or 1 where memory is short.
+int hpcprune_spmm(int path, int kind, const void* layout, const void* value, const void* x, int64_t batch,
+                  const float* bias, void* y, int threads, const hpcprune::Pool* pool) {
+  using namespace hpcprune;
+  const Layout w(layout);
+  const auto run = [&](const auto* weights, const auto* from, auto* to) {
+    return spmm(path, w, weights, from, batch, bias, to, threads, pool);
+  };
+  const auto *whole = static_cast<const float*>(value), *x32 = static_cast<const float*>(x);
+  const auto *half = static_cast<const bfloat16*>(value), *x16 = static_cast<const bfloat16*>(x);
+  switch (kind) {
+    case 0: return run(whole, x32, static_cast<float*>(y));
+    case 1: return run(half, x32, static_cast<float*>(y));
+    case 2: return run(whole, x16, static_cast<bfloat16*>(y));
+    default: return run(half, x16, static_cast<bfloat16*>(y));
+  }
+}
+}
