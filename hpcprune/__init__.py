@@ -14,6 +14,7 @@ from hpcprune.version import __version__
 if TYPE_CHECKING:
     from hpcprune.compression import Compression
     from hpcprune.ddp import ddp_hook
+    from hpcprune.loading import load
     from hpcprune.masks import Masks
     from hpcprune.pruning import prune
     from hpcprune.survivors import Survivors
@@ -31,6 +32,7 @@ __all__ = [
     "World",
     "__version__",
     "ddp_hook",
+    "load",
     "prune",
 ]
 
@@ -43,6 +45,7 @@ _HOMES = {
     "Task": "task",
     "World": "world",
     "ddp_hook": "ddp",
+    "load": "loading",
     "prune": "pruning",
 }
 

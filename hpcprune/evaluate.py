@@ -17,7 +17,7 @@ from hpcprune.flops import Flops, count_flops
 from hpcprune.task import Task, to_device
 from hpcprune.world import World, part_of_rank
 
-__all__ = ["evaluate", "inference_seconds", "model_flops"]
+__all__ = ["evaluate", "inference_seconds", "model_flops", "timed_batch"]
 
 TIMED_SAMPLES = 64  # samples in the batch whose inference is timed, where there are as many
 TIMED_RUNS = 25
@@ -61,13 +61,16 @@ def _gather_over(world: World, metric: Metric) -> None:
             each.dist_sync_fn, each.distributed_available_fn = gather, lambda: world.size > 1
 
 
-@torch.no_grad()
-def inference_seconds(task: Task, models: Sequence[nn.Module], dataset: Dataset[Any]) -> list[float]:
-    """Seconds that each model takes to infer a sample: the median over runs of one batch, the models in turns."""
+def timed_batch(dataset: Dataset[Any], device: torch.device) -> tuple[Any, int]:
+    """The batch whose inference is timed, and how many samples it has."""
     assert isinstance(dataset, Sized)
-    device = next(models[0].parameters()).device
     samples = [dataset[index] for index in range(min(TIMED_SAMPLES, len(dataset)))]
-    batch = to_device(default_collate(samples), device)
+    return to_device(default_collate(samples), device), len(samples)
+
+
+@torch.no_grad()
+def inference_seconds(task: Task, models: Sequence[nn.Module], batch: Any, device: torch.device) -> list[float]:
+    """Seconds that each model takes to infer a batch: the median over runs, the models in turns."""
     seconds: list[list[float]] = [[] for _ in models]
     for _ in range(TIMED_RUNS + 1):
         for model, own in zip(models, seconds, strict=True):
@@ -77,7 +80,7 @@ def inference_seconds(task: Task, models: Sequence[nn.Module], dataset: Dataset[
             if device.type == "cuda":
                 torch.cuda.synchronize(device)
             own.append(time.perf_counter() - start)
-    return [float(np.median(own[1:])) / len(samples) for own in seconds]
+    return [float(np.median(own[1:])) for own in seconds]
 
 
 def model_flops(task: Task, model: nn.Module, dataset: Dataset[Any], densities: Mapping[str, float]) -> Flops:

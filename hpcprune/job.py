@@ -71,6 +71,9 @@ class Evaluate(Section):
 
     batch_size: Count = 256
     """Samples a forward pass on each rank."""
+    sparse: Literal["auto", "never"] = "auto"
+    """How the pruned network is timed at the end: `auto` with sparse kernels in the layers that are faster so, as
+    measured; `never` as a dense one."""
 
 
 class Checkpoint(Section):

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from hpcprune.evaluate import inference_seconds, model_flops
+from hpcprune.evaluate import inference_seconds, model_flops, timed_batch
 from hpcprune.folder import RunFolder
 from hpcprune.host import cpu_name, peak_memory, versions
 from hpcprune.job import Job
@@ -23,45 +23,62 @@ from hpcprune.masks import Masks
 from hpcprune.prepare import Prepared
 from hpcprune.report.format import Report
 from hpcprune.shards import imbalance
+from hpcprune.sparse import sparsify
 from hpcprune.weights import fit_weights, load_weights
 from hpcprune.world import World
 
-__all__ = ["build_report", "measure_costs", "rank_load", "weight_histogram"]
+__all__ = ["build_report", "measure_costs", "measure_inference", "rank_load", "weight_histogram"]
 
 BINS = 80
 WIDTH = 4.0  # the histogram ends at this many standard deviations of the dense weights
 
 
 def measure_costs(prepared: Prepared, masks: Masks, file: Path) -> dict[str, Any]:
-    """What the network costs as it is now, times aside. `file` is where it lies on disk."""
+    """What the network costs as it is now, but for inference. `file` is where it lies on disk."""
     model = prepared.model
     return {
         "nonzeros": sum(int(torch.count_nonzero(parameter)) for parameter in model.parameters()),
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
         "flops": model_flops(prepared.task, model, prepared.data.test, masks.densities).survivors,
         "bytes_disk": file.stat().st_size,
-        "bytes_memory": prepared.dense_bytes,
     }
 
 
-def measure_seconds(prepared: Prepared, dense_file: Path, folder: RunFolder) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Seconds a sample and an epoch, of the dense and of the pruned network.
+def measure_inference(job: Job, prepared: Prepared, masks: Masks, dense_file: Path) -> dict[str, Any]:
+    """What it takes to infer with the dense and with the pruned network, timed in turns on one batch.
 
-    Inference is timed here, both networks in turns; an epoch is as many median steps as it has.
+    The pruned one's layers run sparse where that was measured faster; `sparse` says what was found, None where the job
+    does not want it or there is no sparse kernel for the device.
     """
+    task, pruned = prepared.task, copy.deepcopy(prepared.model)
     dense = copy.deepcopy(prepared.model)
     fit_weights(dense, load_weights(dense_file), dense_file)
-    samples = inference_seconds(prepared.task, [dense, prepared.model], prepared.data.test)
+    batch, samples = timed_batch(prepared.data.test, prepared.device)
+    found = None
+    if job.evaluate.sparse == "auto" and prepared.device.type == "cpu":
+        found = sparsify(pruned, masks, lambda: task.predict(pruned, batch))
+    dense_seconds, pruned_seconds = inference_seconds(task, [dense, pruned], batch, prepared.device)
+    return {
+        "samples": samples,
+        "threads": prepared.threads,
+        "dense_seconds": dense_seconds,
+        "pruned_seconds": pruned_seconds,
+        "dense_bytes": prepared.dense_bytes,
+        "pruned_bytes": sum(tensor.nbytes for tensor in (*pruned.parameters(), *pruned.buffers())),
+        "sparse": None if found is None else found.as_dict(),
+    }
+
+
+def epoch_seconds(prepared: Prepared, folder: RunFolder) -> list[float | None]:
+    """Seconds of a dense epoch and of one of retraining: as many median steps as it has; None where there was none."""
     steps: dict[str, list[float]] = {"train": [], "retrain": []}
     for line in folder.read_metrics():
         if line["kind"] == "step":
             steps[line["stage"]].append(line["seconds"])
-    epochs = [
+    return [
         float(np.median(seconds)) * plan.epoch if plan is not None and seconds else None
         for plan, seconds in ((prepared.train, steps["train"]), (prepared.retrain, steps["retrain"]))
     ]
-    found = [{"seconds_per_sample": s, "seconds_per_epoch": e} for s, e in zip(samples, epochs, strict=True)]
-    return found[0], found[1]
 
 
 def weight_histogram(model: nn.Module, masks: Masks, edges: Iterable[float] | None = None) -> dict[str, list[Any]]:
@@ -104,16 +121,25 @@ def build_report(
     ledger: Ledger,
     folder: RunFolder,
     loads: list[dict[str, Any]],
-    dense_file: Path,
+    inference: dict[str, Any],
     sha256: str,
 ) -> Report:
     """Put the report of a finished run together, on rank 0."""
     flops = model_flops(prepared.task, prepared.model, prepared.data.test, masks.densities)
-    dense_seconds, pruned_seconds = measure_seconds(prepared, dense_file, folder)
     costs = {
-        "dense": ledger.dense["costs"] | dense_seconds,
-        "pruned": measure_costs(prepared, masks, folder.model) | pruned_seconds,
+        kind: known
+        | {
+            "bytes_memory": inference[f"{kind}_bytes"],
+            "seconds_per_sample": inference[f"{kind}_seconds"] / inference["samples"],
+            "seconds_per_epoch": epoch,
+        }
+        for (kind, known), epoch in zip(
+            (("dense", ledger.dense["costs"]), ("pruned", measure_costs(prepared, masks, folder.model))),
+            epoch_seconds(prepared, folder),
+            strict=True,
+        )
     }
+    timed = {f"{layer['name']}.weight": layer for layer in (inference["sparse"] or {}).get("layers", ())}
     histogram = weight_histogram(prepared.model, masks, ledger.dense["histogram"]["edges"])
     layers = []
     for layer in masks.layers:
@@ -129,6 +155,9 @@ def build_report(
                 "threshold": ledger.thresholds.get(layer.name),
                 "flops_dense": dense,
                 "flops_survivors": survivors,
+                "seconds_dense": timed.get(layer.name, {}).get("dense_seconds"),
+                "seconds_sparse": timed.get(layer.name, {}).get("sparse_seconds"),
+                "sparse": timed.get(layer.name, {}).get("sparse", False) and not inference["sparse"]["undone"],
             }
         )
     exchanges = [each for each in ledger.exchange if each["round"] > 0]
@@ -172,5 +201,6 @@ def build_report(
             "pruned": histogram["counts"],
         },
         "mask_hash": masks.hash,
+        "inference": inference,
         "model_file": {"path": str(folder.model), "bytes": folder.model.stat().st_size, "sha256": sha256},
     }

@@ -22,7 +22,7 @@ from hpcprune.launch import check_code, check_folder, late_checkpoint
 from hpcprune.ledger import Ledger
 from hpcprune.masks import Masks
 from hpcprune.native.library import describe
-from hpcprune.outcome import build_report, measure_costs, rank_load, weight_histogram
+from hpcprune.outcome import build_report, measure_costs, measure_inference, rank_load, weight_histogram
 from hpcprune.prepare import prepare
 from hpcprune.progress import Display
 from hpcprune.pruning import prune_layers
@@ -264,12 +264,15 @@ class Run:
     def _finish(self) -> None:
         """Write the result and the report."""
         prepared, ledger = self.prepared, self.ledger
-        sha256 = self.saver.write_result(self.folder.model, self.masks, ledger)
+        inference = self.world.lead(
+            lambda: measure_inference(self.job, prepared, self.masks, self._dense_file), "timing inference"
+        )
+        sha256 = self.saver.write_result(self.folder.model, self.masks, ledger, inference=inference)
         loads = rank_load(prepared, ledger, self.world)
 
         def report() -> None:
             self.folder.flush_metrics()
-            found = build_report(self.job, prepared, self.masks, ledger, self.folder, loads, self._dense_file, sha256)
+            found = build_report(self.job, prepared, self.masks, ledger, self.folder, loads, inference, sha256)
             write_html(found, self.folder.html)
             write_json(found, self.folder.report)
 

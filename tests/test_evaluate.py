@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import hpcprune
-from hpcprune.evaluate import TIMED_RUNS, evaluate, inference_seconds, model_flops
+from hpcprune.evaluate import TIMED_RUNS, evaluate, inference_seconds, model_flops, timed_batch
 from hpcprune.world import World
 from tests.evaluating import Fives, Samples, on_the_whole
 
@@ -61,12 +61,13 @@ class Timed(nn.Module):
         return inputs
 
 
-@pytest.mark.parametrize(("samples", "batch"), [(5, 5), (500, 64)])
-def test_an_inference_is_timed_for_each_model_in_turns_without_the_first(samples: int, batch: int) -> None:
-    slow, fast = Timed(0.004), Timed(0.001)
-    seconds = inference_seconds(Fives(), [slow, fast], Samples(samples))
-    assert slow.batches == fast.batches == [batch] * (TIMED_RUNS + 1)
-    assert seconds[0] * batch >= 0.004 and 0.001 <= seconds[1] * batch < seconds[0] * batch
+@pytest.mark.parametrize(("samples", "taken"), [(5, 5), (500, 64)])
+def test_an_inference_is_timed_for_each_model_in_turns_without_the_first(samples: int, taken: int) -> None:
+    slow, fast, cpu = Timed(0.004), Timed(0.001), torch.device("cpu")
+    batch, count = timed_batch(Samples(samples), cpu)
+    seconds = inference_seconds(Fives(), [slow, fast], batch, cpu)
+    assert count == taken and slow.batches == fast.batches == [taken] * (TIMED_RUNS + 1)
+    assert seconds[0] >= 0.004 and 0.001 <= seconds[1] < seconds[0]
 
 
 class Images(Fives):

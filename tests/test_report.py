@@ -46,6 +46,7 @@ def sample(rounds: int = 5, sparsity: float = 0.95, ranks: int = 2, layers: int 
             {"name": name, "shape": shape, "dtype": "float32", "weights": count, "nonzeros": left}
             | {"sparsity": 1 - left / count, "threshold": 0.0731}
             | {"flops_dense": 2 * count * reuse[i], "flops_survivors": 2 * left * reuse[i]}
+            | {"seconds_dense": 2e-9 * count, "seconds_sparse": 1e-9 * count * (i or 3), "sparse": i == 1}
         )
     weights, survivors = (sum(layer[key] for layer in found) for key in ("weights", "nonzeros"))
     evaluations: list[Any] = []
@@ -179,6 +180,7 @@ def sample(rounds: int = 5, sparsity: float = 0.95, ranks: int = 2, layers: int 
             "dense": np.histogram(values, edges)[0].tolist(),
             "pruned": np.histogram(kept, edges)[0].tolist(),
         },
+        "inference": {"samples": 64, "threads": 1, "sparse": {"undone": False}},
         "mask_hash": "5f2b" * 16,
         "model_file": {"path": "runs/mnist/model.h5", "bytes": 46_211, "sha256": "9c1d" * 16},
     }
@@ -327,6 +329,7 @@ def without_costs(report: Any) -> None:
         side.update(dict.fromkeys(side))
     for layer in report["layers"]:
         layer["threshold"] = layer["flops_dense"] = layer["flops_survivors"] = None
+        layer["seconds_dense"] = layer["seconds_sparse"] = None
     for load in report["rank_loads"]:
         load.update(score_seconds=None, train_seconds=None, wait_seconds=None, peak_memory_bytes=None)
 
@@ -449,6 +452,17 @@ def test_fewer_flops_that_save_no_time_are_on_paper() -> None:
     report["costs"]["pruned"]["seconds_per_sample"] = 1e-4
     assert verdicts(report)["FLOPs a sample"] == "fewer"
     assert "FLOPs, on paper only" not in {finding.what for finding in findings(report)}
+
+
+def test_how_each_layer_runs_is_said_with_both_times(tmp_path: Path) -> None:
+    report = sample()
+    lines = page(report, tmp_path).findall(f".//{HTML}table[@id='layers']/{HTML}tbody/{HTML}tr")
+    found = [[text_of(cell) for cell in line][-3:] for line in lines]
+    assert [runs for _, _, runs in found] == ["dense", "sparse", "dense", "dense"]
+    assert found[1][:2] == [as_seconds(2e-9 * 4608), as_seconds(1e-9 * 4608)]
+    assert "64 samples on 1 thread, each layer by itself" in text_of(page(report, tmp_path))
+    report["inference"]["sparse"]["undone"] = True
+    assert "but the network as a whole was not, so all run dense" in text_of(page(report, tmp_path))
 
 
 def test_what_fell_by_less_than_the_weights_is_said() -> None:

@@ -17,6 +17,9 @@ class LayerReport(TypedDict):
     threshold: float | None
     flops_dense: int | None  # of one sample
     flops_survivors: int | None
+    seconds_dense: float | None  # of the timed batch
+    seconds_sparse: float | None
+    sparse: bool  # runs so
 
 
 class Evaluation(TypedDict):
@@ -119,5 +122,6 @@ class Report(TypedDict):
     imbalance: float  # max over mean of the weights scored
     curve: list[CurvePoint]
     histograms: Histograms
+    inference: dict[str, Any]  # of a batch: samples, threads, seconds and bytes, and what was found of sparse layers
     mask_hash: str
     model_file: dict[str, Any]  # path, bytes, sha256
