@@ -140,6 +140,8 @@ def build_report(
         )
     }
     timed = {f"{layer['name']}.weight": layer for layer in (inference["sparse"] or {}).get("layers", ())}
+    undone = not timed or inference["sparse"]["undone"]
+    kernels = {} if undone else {name: layer["kernel"] for name, layer in timed.items()}
     histogram = weight_histogram(prepared.model, masks, ledger.dense["histogram"]["edges"])
     layers = []
     for layer in masks.layers:
@@ -157,7 +159,7 @@ def build_report(
                 "flops_survivors": survivors,
                 "seconds_dense": timed.get(layer.name, {}).get("dense_seconds"),
                 "seconds_sparse": timed.get(layer.name, {}).get("sparse_seconds"),
-                "sparse": timed.get(layer.name, {}).get("sparse", False) and not inference["sparse"]["undone"],
+                "kernel": kernels.get(layer.name, "dense"),
             }
         )
     exchanges = [each for each in ledger.exchange if each["round"] > 0]

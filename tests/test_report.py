@@ -46,7 +46,11 @@ def sample(rounds: int = 5, sparsity: float = 0.95, ranks: int = 2, layers: int 
             {"name": name, "shape": shape, "dtype": "float32", "weights": count, "nonzeros": left}
             | {"sparsity": 1 - left / count, "threshold": 0.0731}
             | {"flops_dense": 2 * count * reuse[i], "flops_survivors": 2 * left * reuse[i]}
-            | {"seconds_dense": 2e-9 * count, "seconds_sparse": 1e-9 * count * (i or 3), "sparse": i == 1}
+            | {
+                "seconds_dense": 2e-9 * count,
+                "seconds_sparse": 1e-9 * count * (i or 3),
+                "kernel": "panels" if i == 1 else "dense",
+            }
         )
     weights, survivors = (sum(layer[key] for layer in found) for key in ("weights", "nonzeros"))
     evaluations: list[Any] = []
@@ -458,7 +462,7 @@ def test_how_each_layer_runs_is_said_with_both_times(tmp_path: Path) -> None:
     report = sample()
     lines = page(report, tmp_path).findall(f".//{HTML}table[@id='layers']/{HTML}tbody/{HTML}tr")
     found = [[text_of(cell) for cell in line][-3:] for line in lines]
-    assert [runs for _, _, runs in found] == ["dense", "sparse", "dense", "dense"]
+    assert [runs for _, _, runs in found] == ["dense", "panels", "dense", "dense"]
     assert found[1][:2] == [as_seconds(2e-9 * 4608), as_seconds(1e-9 * 4608)]
     assert "64 samples on 1 thread, each layer by itself" in text_of(page(report, tmp_path))
     report["inference"]["sparse"]["undone"] = True

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -13,12 +13,15 @@ from torch.nn import functional
 import hpcprune
 from hpcprune.masks import Masks
 from hpcprune.sparse import SparseConv2d, SparseLinear, choose, sparsify
-from hpcprune.sparse.modules import sparse_module
+from hpcprune.sparse.bitmap import bitmap_of
+from hpcprune.sparse.kernels import kernels
+from hpcprune.sparse.modules import Kernel, sparse_module
 from hpcprune.sparse.ops import panels_linear, survivors_linear
-from hpcprune.sparse.panels import kernels, lay_out, refill
+from hpcprune.sparse.panels import lay_out, refill
 from tests.kernels.test_products import bits_of, laid_out
 
 ROWS, COLUMNS = 70, 300
+KERNELS = get_args(Kernel)
 
 
 @pytest.fixture
@@ -65,11 +68,12 @@ def test_only_what_is_needed_gets_a_gradient(weights: Tensor, needed: int) -> No
 def test_torch_finds_nothing_wrong_with_the_operators(weights: Tensor) -> None:
     given, ops = operands(weights), torch.ops.hpcprune
     x, survivors, bias, layout, order, *_ = (each.detach() if isinstance(each, Tensor) else each for each in given)
-    gradient = torch.randn(2, 5, ROWS)
+    gradient, held = torch.randn(2, 5, ROWS), bitmap_of(bits_of(weights), ROWS, COLUMNS, survivors)
     for operator, arguments in (
         (ops.survivors_linear, given),
         (ops.panels_linear, (x, layout, refill(order, survivors), bias, ROWS)),
         (ops.panels_linear, (x, layout, refill(order, survivors), None, ROWS)),
+        (ops.bitmap_linear, (x, held.bits, held.first, held.value, bias)),
         (ops.panels_refill, (order, survivors)),
         (ops.panels_sampled, (x, gradient, layout, order, len(survivors))),
     ):
@@ -105,10 +109,11 @@ def prune_to(module: nn.Module, sparsity: float = 0.8) -> Masks:
 @pytest.mark.parametrize("shape", [(COLUMNS,), (1, COLUMNS), (2, 3, COLUMNS)])
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("kernel", KERNELS)
 @torch.no_grad()
-def test_a_linear_layer(shape: tuple[int, ...], bias: bool, dtype: torch.dtype) -> None:
+def test_a_linear_layer(shape: tuple[int, ...], bias: bool, dtype: torch.dtype, kernel: Kernel) -> None:
     model = nn.Sequential(nn.Linear(COLUMNS, ROWS, bias=bias)).to(dtype)
-    sparse = sparse_module(model[0], prune_to(model).bits("0.weight"))
+    sparse = sparse_module(model[0], prune_to(model).bits("0.weight"), kernel)
     assert isinstance(sparse, SparseLinear)
     x = torch.randn(shape, dtype=dtype)
     torch.testing.assert_close(sparse(x), model(x))
@@ -146,12 +151,13 @@ def test_autocast_makes_bfloat16_of_it_as_of_a_dense_layer() -> None:
     torch.testing.assert_close(own, dense, rtol=2e-2, atol=2e-2)
 
 
-def test_memory_falls_with_the_density() -> None:
-    model = nn.Sequential(nn.Linear(1024, 1024))
-    sparse = sparse_module(model[0], prune_to(model, 0.9).bits("0.weight"))
-    assert sparse is not None and sparse.nbytes < 0.15 * model[0].weight.nbytes
-    assert sum(buffer.nbytes for buffer in sparse.buffers()) == sparse.nbytes + 4 * 1024
-    assert not [*sparse.parameters()]
+@pytest.mark.parametrize(("kernel", "share"), [("panels", 0.14), ("bitmap", 0.135)])
+def test_memory_falls_with_the_density(kernel: Kernel, share: float) -> None:
+    model = nn.Sequential(nn.Linear(1024, 1024, bias=False))
+    sparse = sparse_module(model[0], prune_to(model, 0.9).bits("0.weight"), kernel)
+    assert sparse is not None and not [*sparse.parameters()]
+    held = {buffer.untyped_storage().data_ptr(): buffer.untyped_storage().nbytes() for buffer in sparse.buffers()}
+    assert sum(held.values()) < share * model[0].weight.nbytes
 
 
 @pytest.mark.parametrize(
@@ -186,7 +192,7 @@ def test_what_is_faster_is_replaced_and_computes_the_same() -> None:
     dense = copy.deepcopy(model).train()
     found = sparsify(dense, masks, lambda: dense(x))
     assert [choice.name for choice in found.layers] == ["0.0", "1.0"]
-    assert all(choice.sparse and choice.sparse_seconds < choice.dense_seconds for choice in found.layers)
+    assert all(choice.kernel == "panels" and choice.sparse_seconds < choice.dense_seconds for choice in found.layers)
     assert all(choice.calls == ((64, 1024),) for choice in found.layers)
     assert found.layers[0].sparsity == pytest.approx(1 - masks.densities["0.0.weight"])
     assert not found.undone and found.sparse_seconds < found.dense_seconds  # type: ignore[operator]
@@ -201,30 +207,39 @@ def seconds(monkeypatch: pytest.MonkeyPatch, *pairs: tuple[float, float]) -> Non
 
 
 def test_what_is_slower_stays_dense(monkeypatch: pytest.MonkeyPatch) -> None:
-    model, x = stack(), torch.randn(2, 256)
+    model, x = stack(), torch.randn(20, 256)
     first = model[0][0]
     seconds(monkeypatch, (1.0, 1.0), (1.0, 0.5), (2.0, 1.5))
     found = sparsify(model, prune_to(model), lambda: model(x))
-    assert [choice.sparse for choice in found.layers] == [False, True]
+    assert [choice.kernel for choice in found.layers] == ["dense", "panels"]
     assert model[0][0] is first and isinstance(model[1][0], SparseLinear)
     assert (found.dense_seconds, found.sparse_seconds, found.undone) == (2.0, 1.5, False)
 
 
 def test_all_is_undone_where_the_model_is_not_faster(monkeypatch: pytest.MonkeyPatch) -> None:
-    model, x = stack(), torch.randn(2, 256)
+    model, x = stack(), torch.randn(20, 256)
     before = [*model.modules()]
     seconds(monkeypatch, (1.0, 0.5), (1.0, 0.5), (2.0, 2.0))
     found = sparsify(model, prune_to(model), lambda: model(x))
-    assert found.undone and all(choice.sparse for choice in found.layers)
+    assert found.undone and all(choice.kernel == "panels" for choice in found.layers)
     assert all(own is old for own, old in zip(model.modules(), before, strict=True))
 
 
 def test_without_an_inference_linear_layers_are_tried_with_so_many_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     model = nn.Sequential(nn.Linear(8, 8), nn.Conv2d(8, 8, 1))
-    seconds(monkeypatch, (1.0, 0.5))
+    seconds(monkeypatch, (1.0, 0.5), (1.0, 0.6))
     found = sparsify(model, prune_to(model), samples=7)
     assert [(choice.name, choice.calls) for choice in found.layers] == [("0", ((7, 8),))]
     assert found.dense_seconds is None and isinstance(model[0], SparseLinear)
+
+
+@pytest.mark.parametrize(("rows", "expected"), [(8, "bitmap"), (9, "panels")])
+def test_a_bitmap_is_tried_for_few_samples(monkeypatch: pytest.MonkeyPatch, rows: int, expected: str) -> None:
+    model = nn.Sequential(nn.Linear(8, 8))
+    seconds(monkeypatch, (1.0, 0.5), (1.0, 0.4))
+    found = sparsify(model, prune_to(model), samples=rows)
+    assert found.layers[0].kernel == expected and model[0].kernel == expected
+    assert found.layers[0].sparse_seconds == (0.4 if expected == "bitmap" else 0.5)
 
 
 def test_what_the_model_does_not_call_stays_dense() -> None:

@@ -207,6 +207,11 @@ def _load(file: Path) -> ctypes.CDLL:
             ("panels_fill", None, [pointer, long, long, integer, long, pointer, pointer]),
             ("panels_refill", integer, [pointer, long, integer, pointer, pointer, integer, pointer]),
             ("spmm", integer, [integer] * 2 + [pointer] * 3 + [long, pointer, pointer, integer, pointer]),
+            (
+                "bitmap",
+                integer,
+                [integer] * 2 + [long] * 2 + [pointer] * 4 + [long] + [pointer] * 2 + [integer, pointer],
+            ),
             ("sddmm", integer, [integer] * 2 + [pointer] * 4 + [long, pointer, integer, pointer]),
         ):
             function = getattr(code, f"hpcprune_{name}")

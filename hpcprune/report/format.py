@@ -19,7 +19,7 @@ class LayerReport(TypedDict):
     flops_survivors: int | None
     seconds_dense: float | None  # of the timed batch
     seconds_sparse: float | None
-    sparse: bool  # runs so
+    kernel: str  # that runs: dense, or which sparse one
 
 
 class Evaluation(TypedDict):

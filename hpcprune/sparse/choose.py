@@ -17,26 +17,30 @@ import torch
 from torch import Tensor, nn
 
 from hpcprune.masks import Masks
-from hpcprune.sparse.modules import sparse_module
-from hpcprune.sparse.panels import FLOATS, SparseError, kernels
+from hpcprune.sparse.kernels import FLOATS, SparseError, kernels
+from hpcprune.sparse.modules import Kernel, sparse_module
 
 __all__ = ["Choice", "Sparsified", "sparsify"]
 
 TURNS = 9  # of each contender; more disturb each other less than they disturb the user
 LEAST = 2e-3  # seconds that a turn takes at least, so that the clock can tell
 MARGIN = 0.97  # of the dense time, below which sparse counts as faster
+FEW = 8  # rows of X at a time, up to which a bitmap is tried as well as panels
 
 
 @dataclass(frozen=True)
 class Choice:
-    """How a layer runs. calls: the shapes of its inputs in one inference. Seconds are those of all its calls."""
+    """How a layer runs: "dense", or by which sparse kernel.
+
+    calls: the shapes of its inputs in one inference. Seconds are those of all its calls; sparse: of the best kernel.
+    """
 
     name: str
     sparsity: float
     calls: tuple[tuple[int, ...], ...]
     dense_seconds: float
     sparse_seconds: float
-    sparse: bool
+    kernel: str
 
 
 @dataclass(frozen=True)
@@ -82,17 +86,22 @@ def sparsify(
     choices, replaced = [], {}
     for name, dense in candidates.items():
         calls = inputs.get(name, [])
-        sparse = sparse_module(dense, masks.bits(f"{name}.weight")) if calls else None
-        if sparse is None:
+        few = all(call[..., 0].numel() <= FEW for call in calls)
+        tried: list[Kernel] = ["panels", "bitmap"] if few and isinstance(dense, nn.Linear) else ["panels"]
+        timed: list[tuple[float, float, Kernel, nn.Module]] = []
+        for kernel in tried if calls else ():
+            sparse = sparse_module(dense, masks.bits(f"{name}.weight"), kernel)
+            if sparse is not None:
+                timed.append((*_time_layer(dense, sparse.eval(), calls), kernel, sparse))
+        if not timed:
             continue
-        sparse.eval()
-        dense_seconds, sparse_seconds = _time_layer(dense, sparse, calls)
+        dense_seconds, sparse_seconds, best, module = min(timed, key=lambda each: each[1] / each[0])
         faster = sparse_seconds < MARGIN * dense_seconds
-        sparsity = 1 - masks.densities[f"{name}.weight"]
         shapes = tuple(tuple(call.shape) for call in calls)
-        choices.append(Choice(name, sparsity, shapes, dense_seconds, sparse_seconds, faster))
+        sparsity = 1 - masks.densities[f"{name}.weight"]
+        choices.append(Choice(name, sparsity, shapes, dense_seconds, sparse_seconds, best if faster else "dense"))
         if faster:
-            replaced[name] = sparse
+            replaced[name] = module
     found = _swap_if_faster(model, candidates, replaced, infer)
     model.train(was_training)
     return Sparsified(tuple(choices), torch.get_num_threads(), *found)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import numpy as np
 import numpy.typing as npt
 import torch
@@ -9,28 +11,37 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from hpcprune.native.survivors import gather
-from hpcprune.sparse.ops import panels_linear
-from hpcprune.sparse.panels import FLOATS, lay_out, refill
+from hpcprune.sparse.bitmap import bitmap_of
+from hpcprune.sparse.kernels import FLOATS
+from hpcprune.sparse.ops import bitmap_linear, panels_linear
+from hpcprune.sparse.panels import lay_out, refill
 from hpcprune.tensors import to_array
 
-__all__ = ["SparseConv2d", "SparseLinear", "sparse_module"]
+__all__ = ["Kernel", "SparseConv2d", "SparseLinear", "sparse_module"]
 
 Bits = npt.NDArray[np.uint8]
+Kernel = Literal["panels", "bitmap"]
 
 
 class _Sparse(nn.Module):
-    """A pruned weight matrix [rows, columns] in panels, and a bias."""
+    """A pruned weight matrix [rows, columns], in panels or as a bitmap, and a bias."""
 
-    def __init__(self, dense: nn.Linear | nn.Conv2d, bits: Bits) -> None:
+    def __init__(self, dense: nn.Linear | nn.Conv2d, bits: Bits, kernel: Kernel) -> None:
         super().__init__()
+        self.kernel = kernel
         weight = dense.weight.detach()
         self.rows, self.columns = weight.shape[0], weight[0].numel()
-        panels = lay_out(bits, self.rows, self.columns)
-        survivors = gather(to_array(weight.contiguous().view(-1)), bits)
-        self.register_buffer("layout", panels.layout)
-        self.register_buffer("value", refill(panels.order, torch.from_numpy(survivors).view(weight.dtype)))
+        survivors = torch.from_numpy(gather(to_array(weight.contiguous().view(-1)), bits)).view(weight.dtype)
+        if kernel == "panels":
+            panels = lay_out(bits, self.rows, self.columns)
+            self.register_buffer("layout", panels.layout)
+            self.register_buffer("value", refill(panels.order, survivors))
+        else:
+            bitmap = bitmap_of(bits, self.rows, self.columns, survivors)
+            self.register_buffer("bits", bitmap.bits)
+            self.register_buffer("first", bitmap.first)
+            self.register_buffer("value", bitmap.value)
         self.register_buffer("bias", None if dense.bias is None else dense.bias.detach().float())
-        self.layout: Tensor
         self.value: Tensor
         self.bias: Tensor | None
         self._shape = tuple(weight.shape)
@@ -38,19 +49,19 @@ class _Sparse(nn.Module):
     @property
     def weight(self) -> Tensor:
         """The dense weight, made anew at each call: for code that reads a layer's weight instead of calling it."""
-        eye = torch.eye(self.columns, dtype=self.value.dtype)
-        dense: Tensor = panels_linear(eye, self.layout, self.value, None, self.rows)
-        return dense.t().reshape(self._shape)
-
-    @property
-    def nbytes(self) -> int:
-        """What the weights and their layout take."""
-        return self.layout.nbytes + self.value.nbytes
+        return self._product(torch.eye(self.columns, dtype=self.value.dtype), None).t().reshape(self._shape)
 
     def _multiply(self, x: Tensor) -> Tensor:
         if torch.is_autocast_enabled("cpu"):
             x = x.to(torch.get_autocast_dtype("cpu"))
-        product: Tensor = panels_linear(x, self.layout, self.value, self.bias, self.rows)
+        return self._product(x, self.bias)
+
+    def _product(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        product: Tensor = (
+            panels_linear(x, self.layout, self.value, bias, self.rows)
+            if self.kernel == "panels"
+            else bitmap_linear(x, self.bits, self.first, self.value, bias)
+        )
         return product
 
 
@@ -61,14 +72,16 @@ class SparseLinear(_Sparse):
         return self._multiply(x)
 
     def extra_repr(self) -> str:
-        return f"in_features={self.columns}, out_features={self.rows}, bias={self.bias is not None}"
+        return (
+            f"in_features={self.columns}, out_features={self.rows}, bias={self.bias is not None}, kernel={self.kernel}"
+        )
 
 
 class SparseConv2d(_Sparse):
     """The convolution of which it is made; kernels larger than 1x1 through unfold."""
 
-    def __init__(self, dense: nn.Conv2d, bits: Bits) -> None:
-        super().__init__(dense, bits)
+    def __init__(self, dense: nn.Conv2d, bits: Bits, kernel: Kernel) -> None:
+        super().__init__(dense, bits, kernel)
         assert not isinstance(dense.padding, str)
         self.kernel_size, self.stride, self.padding, self.dilation = (
             dense.kernel_size,
@@ -91,16 +104,18 @@ class SparseConv2d(_Sparse):
         return product.transpose(-1, -2).view(*x.shape[:-3], self.rows, height, width)
 
     def extra_repr(self) -> str:
-        return f"{self._shape[1]}, {self.rows}, kernel_size={self.kernel_size}, stride={self.stride}"
+        return (
+            f"{self._shape[1]}, {self.rows}, kernel_size={self.kernel_size}, stride={self.stride}, kernel={self.kernel}"
+        )
 
 
-def sparse_module(dense: nn.Module, bits: Bits) -> SparseLinear | SparseConv2d | None:
+def sparse_module(dense: nn.Module, bits: Bits, kernel: Kernel = "panels") -> SparseLinear | SparseConv2d | None:
     """The sparse module that computes what a dense one does, or None where there is none.
 
     Subclasses are left alone: what they do with their weight is not known.
     """
     if type(dense) is nn.Linear and _fits(dense.weight):
-        return SparseLinear(dense, bits)
+        return SparseLinear(dense, bits, kernel)
     if (
         type(dense) is nn.Conv2d
         and _fits(dense.weight)
@@ -108,7 +123,7 @@ def sparse_module(dense: nn.Module, bits: Bits) -> SparseLinear | SparseConv2d |
         and dense.padding_mode == "zeros"
         and not isinstance(dense.padding, str)
     ):
-        return SparseConv2d(dense, bits)
+        return SparseConv2d(dense, bits, kernel)
     return None
 
 

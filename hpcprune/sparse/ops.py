@@ -1,8 +1,8 @@
 """The sparse products as torch operators: hpcprune::panels_linear, survivors_linear and what its gradient needs.
 
-They are registered with torch.library, so that autograd, torch.compile and fake tensors know them. `panels_linear` is
-for inference: it knows no gradient, and so takes no detour. `survivors_linear` is for training: its weights are the
-packed survivors, and so is their gradient.
+They are registered with torch.library, so that autograd, torch.compile and fake tensors know them. `panels_linear` and
+`bitmap_linear` are for inference: they know no gradient, and so take no detour. `survivors_linear` is for training: its
+weights are the packed survivors, and so is their gradient.
 """
 
 from __future__ import annotations
@@ -12,16 +12,27 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hpcprune.sparse.panels import FLOATS, SparseError, multiply, refill, sampled
+from hpcprune.sparse import bitmap, panels
+from hpcprune.sparse.kernels import FLOATS, SparseError
+from hpcprune.sparse.panels import refill, sampled
 
-__all__ = ["panels_linear", "survivors_linear"]
+__all__ = ["bitmap_linear", "panels_linear", "survivors_linear"]
 
 
 def _linear(x: Tensor, layout: Tensor, value: Tensor, bias: Tensor | None, rows: int) -> Tensor:
+    product = panels.multiply(_flat(x), layout, value, None if bias is None else bias.float(), rows)
+    return product.view(*x.shape[:-1], rows)
+
+
+def _bitmap_linear(x: Tensor, bits: Tensor, first: Tensor, value: Tensor, bias: Tensor | None) -> Tensor:
+    product = bitmap.multiply(_flat(x), bits, first, value, None if bias is None else bias.float())
+    return product.view(*x.shape[:-1], first.shape[0])
+
+
+def _flat(x: Tensor) -> Tensor:
     if x.dtype not in FLOATS:
         raise SparseError(f"x is {x.dtype}; sparse products take float32 and bfloat16")
-    flat = x.reshape(-1, x.shape[-1]).contiguous()
-    return multiply(flat, layout, value, None if bias is None else bias.float(), rows).view(*x.shape[:-1], rows)
+    return x.reshape(-1, x.shape[-1]).contiguous()
 
 
 def _sampled(x: Tensor, gradient: Tensor, layout: Tensor, order: Tensor, survivors: int) -> Tensor:
@@ -44,6 +55,10 @@ def _survivors_linear(
 
 def _product_like(x: Tensor, layout: Tensor, value: Tensor, bias: Tensor | None, rows: int) -> Tensor:
     return x.new_empty(*x.shape[:-1], rows)
+
+
+def _bitmap_product_like(x: Tensor, bits: Tensor, first: Tensor, value: Tensor, bias: Tensor | None) -> Tensor:
+    return x.new_empty(*x.shape[:-1], first.shape[0])
 
 
 def _value_like(order: Tensor, survivors: Tensor) -> Tensor:
@@ -80,6 +95,11 @@ def _backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
 # Schema, what computes it, what knows its result's shape.
 OPERATORS = (
     ("panels_linear(Tensor x, Tensor layout, Tensor value, Tensor? bias, int rows) -> Tensor", _linear, _product_like),
+    (
+        "bitmap_linear(Tensor x, Tensor bits, Tensor first, Tensor value, Tensor? bias) -> Tensor",
+        _bitmap_linear,
+        _bitmap_product_like,
+    ),
     ("panels_refill(Tensor order, Tensor survivors) -> Tensor", refill, _value_like),
     (
         "panels_sampled(Tensor x, Tensor gradient, Tensor layout, Tensor order, int survivors) -> Tensor",
@@ -102,5 +122,6 @@ for _schema, _compute, _like in OPERATORS:
     _torch.register_fake(f"hpcprune::{_name}")(_like)
 _torch.register_autograd("hpcprune::survivors_linear", _backward, setup_context=_keep)
 
+bitmap_linear = torch.ops.hpcprune.bitmap_linear
 panels_linear = torch.ops.hpcprune.panels_linear
 survivors_linear = torch.ops.hpcprune.survivors_linear

@@ -8,25 +8,17 @@ from __future__ import annotations
 
 import ctypes
 from dataclasses import dataclass
-from functools import lru_cache
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from hpcprune.errors import HpcpruneError
-from hpcprune.native.library import library
 from hpcprune.native.pool import pool
 from hpcprune.native.survivors import popcount
+from hpcprune.sparse.kernels import SparseError, done, kernels, kind
 
-__all__ = ["Panels", "SparseError", "kernels", "lay_out", "multiply", "refill", "sampled"]
-
-FLOATS = (torch.float32, torch.bfloat16)
-
-
-class SparseError(HpcpruneError):
-    """Sparse products cannot be had, or their operands do not fit."""
+__all__ = ["Panels", "lay_out", "multiply", "refill", "sampled"]
 
 
 @dataclass(frozen=True)
@@ -67,7 +59,7 @@ def refill(order: Tensor, survivors: Tensor) -> Tensor:
     value = torch.empty(order.shape, dtype=survivors.dtype)
     code, _ = kernels()
     threads, size = torch.get_num_threads(), survivors.element_size()
-    _done(
+    done(
         code.hpcprune_panels_refill(
             order.data_ptr(), order.numel(), size, survivors.data_ptr(), value.data_ptr(), threads, pool()
         )
@@ -87,12 +79,11 @@ def multiply(x: Tensor, layout: Tensor, value: Tensor, bias: Tensor | None, rows
         [batch, rows], of x's dtype.
     """
     y = x.new_empty(x.shape[0], rows)
-    kind = (value.dtype == torch.bfloat16) + 2 * (x.dtype == torch.bfloat16)
     code, level = kernels()
-    _done(
+    done(
         code.hpcprune_spmm(
             level,
-            kind,
+            kind(value, x),
             layout.data_ptr(),
             value.data_ptr(),
             x.data_ptr(),
@@ -114,7 +105,7 @@ def sampled(x: Tensor, gradient: Tensor, layout: Tensor, order: Tensor, survivor
     """
     packed = torch.empty(survivors, dtype=torch.float32)
     code, level = kernels()
-    _done(
+    done(
         code.hpcprune_sddmm(
             level,
             x.dtype == torch.bfloat16,
@@ -129,21 +120,3 @@ def sampled(x: Tensor, gradient: Tensor, layout: Tensor, order: Tensor, survivor
         )
     )
     return packed
-
-
-@lru_cache(maxsize=1)
-def kernels() -> tuple[ctypes.CDLL, int]:
-    """The compiled library and the number of its path, asked for once a process: a product may take 5 us.
-
-    Raises:
-        SparseError: there is none.
-    """
-    chosen = library()
-    if chosen.code is None:
-        raise SparseError(f"sparse products need the compiled kernels: {chosen.reason}")
-    return chosen.code, chosen.level
-
-
-def _done(status: int) -> None:
-    if status:
-        raise SparseError("no memory for the sums of a sparse product; use a smaller batch or fewer threads")

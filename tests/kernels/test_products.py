@@ -10,8 +10,10 @@ import torch
 from torch import Tensor
 
 from hpcprune.errors import HpcpruneError
-from hpcprune.sparse import panels
-from hpcprune.sparse.panels import Panels, SparseError, kernels, lay_out, multiply, refill, sampled
+from hpcprune.sparse import bitmap, panels
+from hpcprune.sparse.bitmap import bitmap_of
+from hpcprune.sparse.kernels import SparseError, kernels
+from hpcprune.sparse.panels import Panels, lay_out, multiply, refill, sampled
 from tests.kernels.conftest import PATHS
 
 SHAPES = [(1, 1), (3, 5), (64, 256), (65, 257), (130, 700), (4, 1000), (700, 3)]
@@ -81,6 +83,17 @@ def test_products_are_right(compiled: str, rows: int, columns: int, law: str) ->
         assert (abs(own - exact(gradient.T, x.T)[kept]) <= bound(gradient.T, x.T)[kept]).all()
 
 
+@pytest.mark.parametrize("law", LAWS)
+@pytest.mark.parametrize("rows,columns", [*SHAPES, (20, 64), (20, 72), (33, 47)])
+def test_products_by_bitmap_are_right(compiled: str, rows: int, columns: int, law: str) -> None:
+    weights, bias = pruned(rows, columns, law), torch.randn(rows)
+    held = bitmap_of(bits_of(weights), rows, columns, weights[weights != 0])
+    for batch in (1, 2, 5):
+        x = torch.randn(batch, columns)
+        error = bitmap.multiply(x, held.bits, held.first, held.value, bias).numpy() - exact(x, weights, bias)
+        assert (abs(error) <= bound(x, weights)).all()
+
+
 @pytest.mark.parametrize("of_x", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("of_weights", [torch.float32, torch.bfloat16])
 def test_bfloat16_is_summed_in_float32(compiled: str, of_weights: torch.dtype, of_x: torch.dtype) -> None:
@@ -90,10 +103,11 @@ def test_bfloat16_is_summed_in_float32(compiled: str, of_weights: torch.dtype, o
     for batch in (1, 4, 40):
         x = torch.randn(batch, 900).to(of_x)
         product = multiply(x, layout.layout, value, None, 70)
-        assert product.dtype == of_x
         rounding = 0 if of_x == torch.float32 else 2.0**-8 * abs(exact(x, weights))
-        error = product.double().numpy() - exact(x, weights)
-        assert (abs(error) <= bound(x, weights) * 1.01 + rounding).all()
+        held = bitmap_of(bits_of(weights), 70, 900, weights[weights != 0])
+        for each in (product, bitmap.multiply(x, held.bits, held.first, held.value, None)):
+            assert each.dtype == of_x
+            assert (abs(each.double().numpy() - exact(x, weights)) <= bound(x, weights) * 1.01 + rounding).all()
     x, gradient = torch.randn(40, 900).bfloat16(), torch.randn(40, 70).bfloat16()
     kept = (weights != 0).numpy()
     own = sampled(x, gradient, layout.layout, layout.order, int(kept.sum())).numpy()
@@ -106,6 +120,8 @@ def test_a_sample_has_the_same_result_in_any_batch_and_on_any_number_of_threads(
     x, gradient = torch.randn(101, 700), torch.randn(101, 300)
     whole = multiply(x, layout.layout, value, None, 300)
     own = sampled(x, gradient, layout.layout, layout.order, int((weights != 0).sum()))
+    held = bitmap_of(bits_of(weights), *weights.shape, weights[weights != 0])
+    by_bitmap = bitmap.multiply(x, held.bits, held.first, held.value, None)
     for batch in BATCHES:
         assert torch.equal(multiply(x[:batch].contiguous(), layout.layout, value, None, 300), whole[:batch])
     before = torch.get_num_threads()
@@ -115,6 +131,7 @@ def test_a_sample_has_the_same_result_in_any_batch_and_on_any_number_of_threads(
             assert torch.equal(multiply(x, layout.layout, value, None, 300), whole)
             assert torch.equal(multiply(x[:1], layout.layout, value, None, 300), whole[:1])
             assert torch.equal(sampled(x, gradient, layout.layout, layout.order, len(own)), own)
+            assert torch.equal(bitmap.multiply(x, held.bits, held.first, held.value, None), by_bitmap)
     finally:
         torch.set_num_threads(before)
 

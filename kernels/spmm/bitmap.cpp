@@ -1,0 +1,87 @@
+// Y = X W^T + bias for a pruned W as its mask and its survivors in a row, sample by sample.
+//
+// At 50 to 80 % an index for each survivor costs as much as the zeros would. The mask's own bits cost 1 bit a weight, and
+// the survivors lie as they are packed everywhere else, so there is nothing to lay out. Sixteen survivors are loaded at
+// once and spread to where the mask's next 16 bits have ones. A weight is used once for each sample, so this is for one
+// sample or a few; memory read falls with the density.
+//
+//   g++ -O3 -std=c++17 -ffp-contract=fast -shared -fPIC -pthread kernels/*/*.cpp
+//
+// 1. portable, 2. avx2: survivor by survivor
+// 3. avx512: with the instruction that expands
+
+#include <algorithm>
+#include <cstdlib>
+
+#include "../paths.h"
+#include "../vectors.h"
+
+namespace hpcprune {
+namespace {
+
+// `bits` is followed by 8 bytes more, and `value` by 16 elements; `first` [rows] says where a row's survivors begin.
+template <class Value>
+struct Bitmap {
+  int64_t rows, columns;
+  const uint8_t* bits;
+  const int64_t* first;
+  const Value* value;
+};
+
+}  // namespace
+}  // namespace hpcprune
+
+#define BODY "spmm/bitmap_body.h"
+#include "../each_path.h"
+
+namespace hpcprune {
+namespace {
+
+template <class Value, class Element>
+int multiply(int path, const Bitmap<Value>& w, const Element* x, int64_t batch, const float* bias, Element* y,
+             int threads, const Pool* pool) {
+  const int64_t length = (w.columns + 47) / 16 * 16;
+  float* wide = static_cast<float*>(std::aligned_alloc(64, length * sizeof(float)));
+  if (!wide) return 1;
+  const int64_t runs = std::max<int64_t>(1, std::min<int64_t>(threads, w.rows));
+  for (int64_t sample = 0; sample < batch; ++sample, x += w.columns, y += w.rows) {
+    for (int64_t k = 0; k < w.columns; ++k) wide[k] = widen(x[k]);
+    std::fill(wide + w.columns, wide + length, 0.0f);
+    in_pool(pool, runs, [&](int64_t run) {
+      const int64_t first = w.rows * run / runs, last = w.rows * (run + 1) / runs;
+#if defined(__x86_64__)
+      if (path == WITH_AVX512) return avx512::bitmap_rows(w, first, last, wide, bias, y);
+      if (path == WITH_AVX2) return avx2::bitmap_rows(w, first, last, wide, bias, y);
+#endif
+      portable::bitmap_rows(w, first, last, wide, bias, y);
+    });
+  }
+  std::free(wide);
+  return 0;
+}
+
+}  // namespace
+}  // namespace hpcprune
+
+extern "C" {
+
+// Of `kind`, 1 is set where the weights are bfloat16, else float, and 2 where X and Y are; bias is float, or null. 0, or 1
+// where memory is short.
+int hpcprune_bitmap(int path, int kind, int64_t rows, int64_t columns, const uint8_t* bits, const int64_t* first,
+                    const void* value, const void* x, int64_t batch, const float* bias, void* y, int threads,
+                    const hpcprune::Pool* pool) {
+  using namespace hpcprune;
+  const auto run = [&](const auto* weights, const auto* from, auto* to) {
+    const Bitmap<std::decay_t<decltype(*weights)>> w{rows, columns, bits, first, weights};
+    return multiply(path, w, from, batch, bias, to, threads, pool);
+  };
+  const auto *whole = static_cast<const float*>(value), *x32 = static_cast<const float*>(x);
+  const auto *half = static_cast<const bfloat16*>(value), *x16 = static_cast<const bfloat16*>(x);
+  switch (kind) {
+    case 0: return run(whole, x32, static_cast<float*>(y));
+    case 1: return run(half, x32, static_cast<float*>(y));
+    case 2: return run(whole, x16, static_cast<bfloat16*>(y));
+    default: return run(half, x16, static_cast<bfloat16*>(y));
+  }
+}
+}
