@@ -15,6 +15,7 @@ import pytest
 from tests.conftest import ROOT, launch_environment
 
 README = (ROOT / "README.md").read_text()
+KERNELS = (ROOT / "docs/kernels.md").read_text()
 BIN = Path(sys.executable).parent
 # What a test cannot do again from inside: make the environment it runs in, and run itself.
 NOT_RUN = {"source .venv/bin/activate", "make test"}
@@ -65,10 +66,10 @@ def test_the_readmes_commands_work_one_after_the_other(copy: Path) -> None:
     assert (copy / "runs/mnist/report.html").stat().st_size > 50_000
 
 
-@pytest.mark.parametrize("number", range(len(blocks(README, "python"))))
-def test_the_readmes_python_runs(tmp_path: Path, number: int) -> None:
+@pytest.mark.parametrize("text", [*blocks(README, "python"), *blocks(KERNELS, "python")])
+def test_the_pages_python_runs(tmp_path: Path, text: str) -> None:
     script = tmp_path / "snippet.py"
-    script.write_text(blocks(README, "python")[number])
+    script.write_text(text)
     done = subprocess.run([sys.executable, script], cwd=tmp_path, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
 
