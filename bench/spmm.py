@@ -47,23 +47,17 @@ from hpcprune.sparse.choose import FEW
 from hpcprune.sparse.ops import bitmap_linear, panels_linear, survivors_linear
 from hpcprune.sparse.panels import lay_out, refill
 
+KERNELS = Path(__file__).resolve().parent.parent / "kernels"
 SHAPES = "768x768,1024x1024,3072x768,768x3072,3072x3072,4096x4096"
 TURNS, LONGEST = 9, 1.0  # of each contender; who takes longer than this many seconds has one turn
 
 PEAKS = """
-#include <cstdint>
-#include <thread>
-#include <vector>
-template <class Work> static void in_threads(int threads, const Work& work) {
-  std::vector<std::thread> running;
-  for (int t = 1; t < threads; ++t) running.emplace_back(work, t);
-  work(0);
-  for (std::thread& thread : running) thread.join();
-}
+#include "paths.h"
+using hpcprune::in_threads;
 typedef float Vector __attribute__((vector_size(64)));
 extern "C" float multiply_add(int64_t count, int threads) {
   std::vector<float> sums(16 * threads);
-  in_threads(threads, [&](int t) {
+  in_threads(threads, [&](int64_t t) {
     Vector sum[12] = {}, a = {}, b = {};
     a += 1.0f + t, b += 1e-9f;
     for (Vector& each : sum) asm volatile("" : "+v"(each));  // the compiler shall not know what is in them
@@ -78,7 +72,7 @@ extern "C" float multiply_add(int64_t count, int threads) {
 }
 extern "C" float read(const float* array, int64_t size, int threads) {
   std::vector<float> sums(16 * threads);
-  in_threads(threads, [&](int t) {
+  in_threads(threads, [&](int64_t t) {
     Vector sum[8] = {};
     for (int64_t i = size / threads * t; i + 128 <= size / threads * (t + 1); i += 128)
       for (int j = 0; j < 8; ++j) sum[j] += *reinterpret_cast<const Vector*>(array + i + 16 * j);
@@ -95,7 +89,7 @@ def measure_peaks(threads: int) -> tuple[float, float]:
         source, library = Path(folder) / "peaks.cpp", Path(folder) / "peaks.so"
         source.write_text(PEAKS)
         command = ["g++", "-O3", "-march=native", "-ffp-contract=fast", "-shared", "-fPIC", "-pthread", "-w"]
-        subprocess.run([*command, source, "-o", library], check=True)
+        subprocess.run([*command, f"-I{KERNELS}", source, "-o", library], check=True)
         code = ctypes.CDLL(str(library))
     array = torch.zeros(64 << 20)
     start = (-array.data_ptr()) % 64 // 4

@@ -101,13 +101,17 @@ class Saver:
     def check(self, masks: Masks, ledger: Ledger, what: str) -> None:
         """WorldError or NumericsError, on all ranks, if their weights differ or are not finite. Collective."""
         with ledger.timed("checkpoint"):
-            check_weights(self._state(masks, ledger, {}, {}, {}), self._world, what)
+            check_weights(self._result(masks, ledger, {}), self._world, what)
 
     def write_result(self, path: Path, masks: Masks, ledger: Ledger, **about: Any) -> str:
         """Write the model under its masks and what describes the run, `about` too; its sha256. Collective."""
         with ledger.timed("checkpoint"):
-            result = self._state(masks, ledger, about, {}, {})
-            return self._world.lead(lambda: write_model(path, result), f"writing {path.name}")
+            return self._world.lead(
+                lambda: write_model(path, self._result(masks, ledger, about)), f"writing {path.name}"
+            )
+
+    def _result(self, masks: Masks, ledger: Ledger, about: Mapping[str, Any]) -> State:
+        return self._state(masks, ledger, about, {}, {})
 
     def _state(
         self,

@@ -47,6 +47,19 @@ INLINE float widen(bfloat16 value) {
   return result;
 }
 
+// Calls a product with its pointers as the types that they have: of `kind`, 1 is set where the weights are bfloat16, else
+// float, and 2 where X and Y are.
+template <class Product>
+int with_types(int kind, const void* value, const void* x, void* y, const Product& product) {
+  const auto* whole = static_cast<const float*>(value);
+  const auto* half = static_cast<const bfloat16*>(value);
+  const auto weights = [&](const auto* from, auto* to) {
+    return kind & 1 ? product(half, from, to) : product(whole, from, to);
+  };
+  return kind & 2 ? weights(static_cast<const bfloat16*>(x), static_cast<bfloat16*>(y))
+                  : weights(static_cast<const float*>(x), static_cast<float*>(y));
+}
+
 INLINE Float4 load4(const float* from) { return load<Float4>(from); }
 
 INLINE Float4 load4(const bfloat16* from) {

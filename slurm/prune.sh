@@ -54,6 +54,7 @@ fi
 over() { say "ended with $status${told:+ after SIG$told}"; exit $status; }
 preempted() { scontrol show job "$SLURM_JOB_ID" | grep -q 'PreemptTime=[0-9]'; }
 [ "$told" != TERM ] || over
+silent=
 if [ $status = 75 ] || { [ $status = 143 ] && { [ -n "$told" ] || preempted; }; }; then
     why="told to stop"
 else
@@ -67,7 +68,7 @@ else
 fi
 [ $left -gt 0 ] || { say "$why, and not requeued: HPCPRUNE_RESTARTS is reached; sbatch the same again to go on"; exit 1; }
 # Requeued before Slurm has given the node up, a job with --exclusive may never be started again (22.05: BadConstraints).
-[ "$why" = "told to stop" ] || { say "$why; Slurm requeues this job when it gives that up"; sleep 600; }
+[ -z "$silent" ] || { say "$why; Slurm requeues this job when it gives that up"; sleep 600; }
 say "$why; requeuing, to go on from the newest checkpoint"
 scontrol requeue "$job" && sleep 120  # in which Slurm ends this script
 exit 1

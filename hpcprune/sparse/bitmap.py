@@ -13,8 +13,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from hpcprune.native.pool import pool
-from hpcprune.sparse.kernels import done, kernels, kind
+from hpcprune.sparse import kernels
 
 __all__ = ["Bitmap", "bitmap_of", "multiply"]
 
@@ -42,33 +41,8 @@ def bitmap_of(bits: npt.NDArray[np.uint8], rows: int, columns: int, survivors: T
 
 
 def multiply(x: Tensor, bits: Tensor, first: Tensor, value: Tensor, bias: Tensor | None) -> Tensor:
-    """x W^T + bias.
-
-    Args:
-        x: [batch, columns], float32 or bfloat16, contiguous. bits, first, value: of a `Bitmap`.
-        bias: [rows], float32.
-
-    Returns:
-        [batch, rows], of x's dtype; sums are float32.
-    """
-    code, level = kernels()
+    """x W^T + bias, by the bits, first and value of a `Bitmap`; the others as in `kernels.multiply`."""
     rows = first.shape[0]
-    y = x.new_empty(x.shape[0], rows)
-    done(
-        code.hpcprune_bitmap(
-            level,
-            kind(value, x),
-            rows,
-            x.shape[1],
-            bits.data_ptr(),
-            first.data_ptr(),
-            value.data_ptr(),
-            x.data_ptr(),
-            x.shape[0],
-            None if bias is None else bias.data_ptr(),
-            y.data_ptr(),
-            torch.get_num_threads(),
-            pool(),
-        )
+    return kernels.multiply(
+        "hpcprune_bitmap", (rows, x.shape[1], bits.data_ptr(), first.data_ptr()), value, x, bias, rows
     )
-    return y

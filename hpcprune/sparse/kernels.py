@@ -1,8 +1,9 @@
-"""The compiled library as sparse products use it: found once, its dtypes, its errors."""
+"""The compiled library as sparse products use it: found once, its dtypes, its errors, and the call of a product."""
 
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Sequence
 from functools import lru_cache
 
 import torch
@@ -10,8 +11,9 @@ from torch import Tensor
 
 from hpcprune.errors import HpcpruneError
 from hpcprune.native.library import library
+from hpcprune.native.pool import pool
 
-__all__ = ["FLOATS", "SparseError", "done", "kernels", "kind"]
+__all__ = ["FLOATS", "SparseError", "done", "is_half", "kernels", "multiply"]
 
 FLOATS = (torch.float32, torch.bfloat16)
 
@@ -33,9 +35,41 @@ def kernels() -> tuple[ctypes.CDLL, int]:
     return chosen.code, chosen.level
 
 
-def kind(value: Tensor, x: Tensor) -> int:
-    """The kernels' number for the dtypes of weights and samples."""
-    return (value.dtype == torch.bfloat16) + 2 * (x.dtype == torch.bfloat16)
+def is_half(name: str, tensor: Tensor) -> bool:
+    """Whether it is bfloat16 and not float32, as kernels want to know; SparseError where it is neither."""
+    if tensor.dtype not in FLOATS:
+        raise SparseError(f"{name} is {tensor.dtype}; sparse products take float32 and bfloat16")
+    return tensor.dtype == torch.bfloat16
+
+
+def multiply(kernel: str, matrix: Sequence[int], value: Tensor, x: Tensor, bias: Tensor | None, rows: int) -> Tensor:
+    """x W^T + bias by a kernel, `matrix` being its arguments for W beside the weights.
+
+    Args:
+        value: W's weights as the kernel has them, float32 or bfloat16; sums are float32.
+        x: [batch, columns], float32 or bfloat16, contiguous. bias: [rows], float32.
+
+    Returns:
+        [batch, rows], of x's dtype.
+    """
+    code, level = kernels()
+    kind = is_half("W", value) + 2 * is_half("x", x)
+    y = x.new_empty(x.shape[0], rows)
+    done(
+        getattr(code, kernel)(
+            level,
+            kind,
+            *matrix,
+            value.data_ptr(),
+            x.data_ptr(),
+            x.shape[0],
+            None if bias is None else bias.data_ptr(),
+            y.data_ptr(),
+            torch.get_num_threads(),
+            pool(),
+        )
+    )
+    return y
 
 
 def done(status: int) -> None:

@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 
 from hpcprune.sparse import bitmap, panels
-from hpcprune.sparse.kernels import FLOATS, SparseError
 from hpcprune.sparse.panels import refill, sampled
 
 __all__ = ["bitmap_linear", "panels_linear", "survivors_linear"]
@@ -30,14 +29,11 @@ def _bitmap_linear(x: Tensor, bits: Tensor, first: Tensor, value: Tensor, bias: 
 
 
 def _flat(x: Tensor) -> Tensor:
-    if x.dtype not in FLOATS:
-        raise SparseError(f"x is {x.dtype}; sparse products take float32 and bfloat16")
     return x.reshape(-1, x.shape[-1]).contiguous()
 
 
 def _sampled(x: Tensor, gradient: Tensor, layout: Tensor, order: Tensor, survivors: int) -> Tensor:
-    flat = x.reshape(-1, x.shape[-1]).contiguous(), gradient.reshape(-1, gradient.shape[-1]).to(x.dtype).contiguous()
-    return sampled(*flat, layout, order, survivors)
+    return sampled(_flat(x), _flat(gradient.to(x.dtype)), layout, order, survivors)
 
 
 def _survivors_linear(

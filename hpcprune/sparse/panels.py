@@ -16,7 +16,8 @@ from torch import Tensor
 
 from hpcprune.native.pool import pool
 from hpcprune.native.survivors import popcount
-from hpcprune.sparse.kernels import SparseError, done, kernels, kind
+from hpcprune.sparse import kernels
+from hpcprune.sparse.kernels import SparseError, done, is_half
 
 __all__ = ["Panels", "lay_out", "multiply", "refill", "sampled"]
 
@@ -40,7 +41,7 @@ def lay_out(bits: npt.NDArray[np.uint8], rows: int, columns: int, *, transposed:
     Raises:
         SparseError: there is no compiled library, or more weights survive than 32 bits count.
     """
-    code, _ = kernels()
+    code, _ = kernels.kernels()
     bits = np.ascontiguousarray(bits, np.uint8)
     if bits.size != (rows * columns + 7) // 8:
         raise SparseError(f"{bits.size} bytes of mask for {rows} x {columns} weights; (weights + 7) // 8 are needed")
@@ -56,8 +57,9 @@ def lay_out(bits: npt.NDArray[np.uint8], rows: int, columns: int, *, transposed:
 
 def refill(order: Tensor, survivors: Tensor) -> Tensor:
     """A layout's weights, from the packed survivors; zeros where an entry is none."""
+    is_half("W", survivors)
     value = torch.empty(order.shape, dtype=survivors.dtype)
-    code, _ = kernels()
+    code, _ = kernels.kernels()
     threads, size = torch.get_num_threads(), survivors.element_size()
     done(
         code.hpcprune_panels_refill(
@@ -68,33 +70,8 @@ def refill(order: Tensor, survivors: Tensor) -> Tensor:
 
 
 def multiply(x: Tensor, layout: Tensor, value: Tensor, bias: Tensor | None, rows: int) -> Tensor:
-    """x W^T + bias.
-
-    Args:
-        x: [batch, columns], float32 or bfloat16, contiguous.
-        layout: of `lay_out`. value: its weights, of `refill`, float32 or bfloat16; sums are float32.
-        bias: [rows], float32.
-
-    Returns:
-        [batch, rows], of x's dtype.
-    """
-    y = x.new_empty(x.shape[0], rows)
-    code, level = kernels()
-    done(
-        code.hpcprune_spmm(
-            level,
-            kind(value, x),
-            layout.data_ptr(),
-            value.data_ptr(),
-            x.data_ptr(),
-            x.shape[0],
-            None if bias is None else bias.data_ptr(),
-            y.data_ptr(),
-            torch.get_num_threads(),
-            pool(),
-        )
-    )
-    return y
+    """x W^T + bias, by the layout of `lay_out` and its weights of `refill`; the others as in `kernels.multiply`."""
+    return kernels.multiply("hpcprune_spmm", (layout.data_ptr(),), value, x, bias, rows)
 
 
 def sampled(x: Tensor, gradient: Tensor, layout: Tensor, order: Tensor, survivors: int) -> Tensor:
@@ -104,11 +81,11 @@ def sampled(x: Tensor, gradient: Tensor, layout: Tensor, order: Tensor, survivor
         x: [batch, columns]. gradient: [batch, rows], with respect to the product. Of one dtype, contiguous.
     """
     packed = torch.empty(survivors, dtype=torch.float32)
-    code, level = kernels()
+    code, level = kernels.kernels()
     done(
         code.hpcprune_sddmm(
             level,
-            x.dtype == torch.bfloat16,
+            is_half("x", x),
             layout.data_ptr(),
             order.data_ptr(),
             x.data_ptr(),

@@ -65,23 +65,14 @@ int multiply(int path, const Bitmap<Value>& w, const Element* x, int64_t batch, 
 
 extern "C" {
 
-// Of `kind`, 1 is set where the weights are bfloat16, else float, and 2 where X and Y are; bias is float, or null. 0, or 1
-// where memory is short.
+// `kind` says of what types weights, X and Y are (vectors.h); bias is float, or null. 0, or 1 where memory is short.
 int hpcprune_bitmap(int path, int kind, int64_t rows, int64_t columns, const uint8_t* bits, const int64_t* first,
                     const void* value, const void* x, int64_t batch, const float* bias, void* y, int threads,
                     const hpcprune::Pool* pool) {
   using namespace hpcprune;
-  const auto run = [&](const auto* weights, const auto* from, auto* to) {
+  return with_types(kind, value, x, y, [&](const auto* weights, const auto* from, auto* to) {
     const Bitmap<std::decay_t<decltype(*weights)>> w{rows, columns, bits, first, weights};
     return multiply(path, w, from, batch, bias, to, threads, pool);
-  };
-  const auto *whole = static_cast<const float*>(value), *x32 = static_cast<const float*>(x);
-  const auto *half = static_cast<const bfloat16*>(value), *x16 = static_cast<const bfloat16*>(x);
-  switch (kind) {
-    case 0: return run(whole, x32, static_cast<float*>(y));
-    case 1: return run(half, x32, static_cast<float*>(y));
-    case 2: return run(whole, x16, static_cast<bfloat16*>(y));
-    default: return run(half, x16, static_cast<bfloat16*>(y));
-  }
+  });
 }
 }

@@ -104,22 +104,14 @@ int spmm(int path, const Layout& w, const Value* value, const Element* x, int64_
 
 extern "C" {
 
-// `layout` is what `hpcprune_panels_fill` made, `value` has a weight for each of its entries. Of `kind`, 1 is set where
-// the weights are bfloat16, else float, and 2 where X and Y are; bias is float, or null. 0, or 1 where memory is short.
+// `layout` is what `hpcprune_panels_fill` made, `value` has a weight for each of its entries. `kind` says of what types
+// weights, X and Y are (vectors.h); bias is float, or null. 0, or 1 where memory is short.
 int hpcprune_spmm(int path, int kind, const void* layout, const void* value, const void* x, int64_t batch,
                   const float* bias, void* y, int threads, const hpcprune::Pool* pool) {
   using namespace hpcprune;
   const Layout w(layout);
-  const auto run = [&](const auto* weights, const auto* from, auto* to) {
+  return with_types(kind, value, x, y, [&](const auto* weights, const auto* from, auto* to) {
     return spmm(path, w, weights, from, batch, bias, to, threads, pool);
-  };
-  const auto *whole = static_cast<const float*>(value), *x32 = static_cast<const float*>(x);
-  const auto *half = static_cast<const bfloat16*>(value), *x16 = static_cast<const bfloat16*>(x);
-  switch (kind) {
-    case 0: return run(whole, x32, static_cast<float*>(y));
-    case 1: return run(half, x32, static_cast<float*>(y));
-    case 2: return run(whole, x16, static_cast<bfloat16*>(y));
-    default: return run(half, x16, static_cast<bfloat16*>(y));
-  }
+  });
 }
 }

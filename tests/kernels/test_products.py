@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from hpcprune.errors import HpcpruneError
-from hpcprune.sparse import bitmap, panels
+from hpcprune.sparse import bitmap
 from hpcprune.sparse.bitmap import bitmap_of
 from hpcprune.sparse.kernels import SparseError, kernels
 from hpcprune.sparse.panels import Panels, lay_out, multiply, refill, sampled
@@ -140,7 +140,7 @@ def test_threads_of_its_own_where_there_is_no_pool(compiled: str, monkeypatch: p
     weights, x = pruned(300, 700, "half"), torch.randn(101, 700)
     layout, value = laid_out(weights)
     pooled = multiply(x, layout.layout, value, None, 300)
-    monkeypatch.setattr(panels, "pool", lambda: None)
+    monkeypatch.setattr("hpcprune.sparse.kernels.pool", lambda: None)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
     assert torch.equal(multiply(x, layout.layout, value, None, 300), pooled)
 
