@@ -1,9 +1,9 @@
 // Y = X W^T + bias for a pruned W as its mask and its survivors in a row, sample by sample.
 //
-// At 50 to 80 % an index for each survivor costs as much as the zeros would. The mask's own bits cost 1 bit a weight, and
-// the survivors lie as they are packed everywhere else, so there is nothing to lay out. Sixteen survivors are loaded at
-// once and spread to where the mask's next 16 bits have ones. A weight is used once for each sample, so this is for one
-// sample or a few; memory read falls with the density.
+// At 50 to 80 % an index for each survivor costs as much as the zeros would. The mask's own bits cost 1 bit a weight,
+// and the survivors lie as they are packed everywhere else, so there is nothing to lay out. Sixteen survivors are
+// loaded at once and spread to where the mask's next 16 bits have ones. A weight is used once for each sample, so this
+// is for one sample or a few; memory read falls with the density.
 //
 //   g++ -O3 -std=c++17 -ffp-contract=fast -shared -fPIC -pthread kernels/*/*.cpp
 //
@@ -65,8 +65,8 @@ int multiply(int path, const Bitmap<Value>& w, const Element* x, int64_t batch, 
 
 extern "C" {
 
-// Of `kind`, 1 is set where the weights are bfloat16, else float, and 2 where X and Y are; bias is float, or null. 0, or 1
-// where memory is short.
+// Of `kind`, 1 is set where the weights are bfloat16, else float, and 2 where X and Y are; bias is float, or null. 0,
+// or 1 where memory is short.
 int hpcprune_bitmap(int path, int kind, int64_t rows, int64_t columns, const uint8_t* bits, const int64_t* first,
                     const void* value, const void* x, int64_t batch, const float* bias, void* y, int threads,
                     const hpcprune::Pool* pool) {
@@ -78,10 +78,14 @@ int hpcprune_bitmap(int path, int kind, int64_t rows, int64_t columns, const uin
   const auto *whole = static_cast<const float*>(value), *x32 = static_cast<const float*>(x);
   const auto *half = static_cast<const bfloat16*>(value), *x16 = static_cast<const bfloat16*>(x);
   switch (kind) {
-    case 0: return run(whole, x32, static_cast<float*>(y));
-    case 1: return run(half, x32, static_cast<float*>(y));
-    case 2: return run(whole, x16, static_cast<bfloat16*>(y));
-    default: return run(half, x16, static_cast<bfloat16*>(y));
+    case 0:
+      return run(whole, x32, static_cast<float*>(y));
+    case 1:
+      return run(half, x32, static_cast<float*>(y));
+    case 2:
+      return run(whole, x16, static_cast<bfloat16*>(y));
+    default:
+      return run(half, x16, static_cast<bfloat16*>(y));
   }
 }
 }

@@ -1,10 +1,11 @@
-// Y = X W^T + bias for a pruned W in panels (panels.h): X is [batch, columns] and Y [batch, rows], as F.linear has them.
+// Y = X W^T + bias for a pruned W in panels (panels.h): X is [batch, columns] and Y [batch, rows], as F.linear has
+// them.
 //
-// A tile of X, one panel wide, is transposed into a buffer that fits the L1 cache, so that a weight is one broadcast and
-// vectors of samples that lie together; the tile's sums stay in the L2 cache over all panels and are transposed back at
-// the end. The fewer samples there are, the narrower the tile: 32, 16, 8, 4 samples, or one. An element of Y is the same
-// chain of sums, in the order of the columns, whatever the tile and the number of threads: a sample's result does not
-// depend on the batch that it came with.
+// A tile of X, one panel wide, is transposed into a buffer that fits the L1 cache, so that a weight is one broadcast
+// and vectors of samples that lie together; the tile's sums stay in the L2 cache over all panels and are transposed
+// back at the end. The fewer samples there are, the narrower the tile: 32, 16, 8, 4 samples, or one. An element of Y is
+// the same chain of sums, in the order of the columns, whatever the tile and the number of threads: a sample's result
+// does not depend on the batch that it came with.
 //
 //   g++ -O3 -std=c++17 -ffp-contract=fast -shared -fPIC -pthread kernels/*/*.cpp
 //
@@ -17,9 +18,9 @@
 #include <type_traits>
 #include <vector>
 
+#include "../panels.h"
 #include "../paths.h"
 #include "../vectors.h"
-#include "../panels.h"
 
 namespace hpcprune {
 namespace {
@@ -57,9 +58,9 @@ int64_t parts_of_a_tile(int64_t tiles, int64_t threads, int64_t chunks) {
   return parts;
 }
 
-template <class Value, class Element>
-int spmm(int path, const Layout& w, const Value* value, const Element* x, int64_t batch, const float* bias, Element* y, int threads,
-         const Pool* pool) {
+template <class Column, class Value, class Element>
+int spmm(int path, const Layout& w, const Value* value, const Element* x, int64_t batch, const float* bias, Element* y,
+         int threads, const Pool* pool) {
   std::vector<Part> tiles, parts;
   for (int64_t sample = 0; sample < batch;) {
     const int64_t width = tile_width(path, batch - sample);
@@ -81,18 +82,20 @@ int spmm(int path, const Layout& w, const Value* value, const Element* x, int64_
   }
   const int64_t runs = std::min<int64_t>(std::max(1, threads), parts.size());
   if (runs == 0) return 0;
-  const size_t length = (std::max(widest * PANEL, w.columns) + most * CHUNK * widest + 15) / 16 * 16;
+  const size_t length = (std::max(widest * w.panel, w.columns) + most * CHUNK * widest + 15) / 16 * 16;
   float* scratch = static_cast<float*>(std::aligned_alloc(64, runs * length * sizeof(float)));
   if (!scratch) return 1;
   in_pool(pool, runs, [&](int64_t run) {
     for (size_t i = run; i < parts.size(); i += runs) {
       float* own = scratch + run * length;
 #if defined(__x86_64__)
-      if (path == WITH_AVX512) avx512::product(w, value, x, bias, y, parts[i], own);
-      else if (path == WITH_AVX2) avx2::product(w, value, x, bias, y, parts[i], own);
+      if (path == WITH_AVX512)
+        avx512::product<Column>(w, value, x, bias, y, parts[i], own);
+      else if (path == WITH_AVX2)
+        avx2::product<Column>(w, value, x, bias, y, parts[i], own);
       else
 #endif
-        portable::product(w, value, x, bias, y, parts[i], own);
+        portable::product<Column>(w, value, x, bias, y, parts[i], own);
     }
   });
   std::free(scratch);
@@ -111,15 +114,20 @@ int hpcprune_spmm(int path, int kind, const void* layout, const void* value, con
   using namespace hpcprune;
   const Layout w(layout);
   const auto run = [&](const auto* weights, const auto* from, auto* to) {
-    return spmm(path, w, weights, from, batch, bias, to, threads, pool);
+    return w.panel > NARROW ? spmm<uint16_t>(path, w, weights, from, batch, bias, to, threads, pool)
+                            : spmm<uint8_t>(path, w, weights, from, batch, bias, to, threads, pool);
   };
   const auto *whole = static_cast<const float*>(value), *x32 = static_cast<const float*>(x);
   const auto *half = static_cast<const bfloat16*>(value), *x16 = static_cast<const bfloat16*>(x);
   switch (kind) {
-    case 0: return run(whole, x32, static_cast<float*>(y));
-    case 1: return run(half, x32, static_cast<float*>(y));
-    case 2: return run(whole, x16, static_cast<bfloat16*>(y));
-    default: return run(half, x16, static_cast<bfloat16*>(y));
+    case 0:
+      return run(whole, x32, static_cast<float*>(y));
+    case 1:
+      return run(half, x32, static_cast<float*>(y));
+    case 2:
+      return run(whole, x16, static_cast<bfloat16*>(y));
+    default:
+      return run(half, x16, static_cast<bfloat16*>(y));
   }
 }
 }
