@@ -7,7 +7,9 @@ of a round's steps, in which the weights change and the masks do not.
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -18,7 +20,7 @@ from hpcprune.native.pool import pool
 from hpcprune.native.survivors import popcount
 from hpcprune.sparse.kernels import SparseError, done, kernels, kind
 
-__all__ = ["Panels", "lay_out", "multiply", "refill", "sampled"]
+__all__ = ["Geometry", "Panels", "convolve", "lay_out", "multiply", "refill", "sampled"]
 
 
 @dataclass(frozen=True)
@@ -29,6 +31,23 @@ class Panels:
     columns: int
     layout: Tensor
     order: Tensor
+
+
+class Geometry(NamedTuple):
+    """Of a convolution: pairs of height and width."""
+
+    kernel: Sequence[int]
+    stride: Sequence[int]
+    padding: Sequence[int]
+    dilation: Sequence[int]
+
+    def out(self, size: Sequence[int]) -> list[int]:
+        """Height and width of the output for images of this size."""
+        sides = zip(size, self.kernel, self.stride, self.padding, self.dilation, strict=True)
+        return [
+            (side + 2 * padding - dilation * (kernel - 1) - 1) // stride + 1
+            for side, kernel, stride, padding, dilation in sides
+        ]
 
 
 def lay_out(bits: npt.NDArray[np.uint8], rows: int, columns: int, *, transposed: bool = False) -> Panels:
@@ -88,6 +107,39 @@ def multiply(x: Tensor, layout: Tensor, value: Tensor, bias: Tensor | None, rows
             value.data_ptr(),
             x.data_ptr(),
             x.shape[0],
+            None if bias is None else bias.data_ptr(),
+            y.data_ptr(),
+            torch.get_num_threads(),
+            pool(),
+        )
+    )
+    return y
+
+
+def convolve(x: Tensor, layout: Tensor, value: Tensor, bias: Tensor | None, rows: int, geometry: Geometry) -> Tensor:
+    """The convolution of images with W as its weight [rows, channels * kernel height * kernel width].
+
+    Args:
+        x: [images, channels, height, width], float32 or bfloat16, contiguous. The others as in `multiply`.
+
+    Returns:
+        [images, rows, height, width of the output], of x's dtype.
+    """
+    images, channels, *size = x.shape
+    out = geometry.out(size)
+    y = x.new_empty(images, rows, *out)
+    pairs = (size, geometry.kernel, geometry.stride, geometry.padding, geometry.dilation, out)
+    shape = (ctypes.c_int64 * 13)(channels, *(side for pair in pairs for side in pair))
+    code, level = kernels()
+    done(
+        code.hpcprune_convolution(
+            level,
+            kind(value, x),
+            layout.data_ptr(),
+            value.data_ptr(),
+            x.data_ptr(),
+            images,
+            shape,
             None if bias is None else bias.data_ptr(),
             y.data_ptr(),
             torch.get_num_threads(),

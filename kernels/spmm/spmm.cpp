@@ -21,13 +21,14 @@
 #include "../panels.h"
 #include "../paths.h"
 #include "../vectors.h"
+#include "operands.h"
 
 namespace hpcprune {
 namespace {
 
-// A part of the work: samples from `sample` on, at most `width` of them, and the rows of chunks [first, last).
+// A part of the work: samples of an image from `sample` on, at most `width`, and the rows of chunks [first, last).
 struct Part {
-  int64_t sample, samples, width, first, last;
+  int64_t image, sample, samples, width, first, last;
 };
 
 }  // namespace
@@ -58,15 +59,16 @@ int64_t parts_of_a_tile(int64_t tiles, int64_t threads, int64_t chunks) {
   return parts;
 }
 
-template <class Column, class Value, class Element>
-int spmm(int path, const Layout& w, const Value* value, const Element* x, int64_t batch, const float* bias, Element* y,
-         int threads, const Pool* pool) {
+template <class Column, class Value, class Operand>
+int spmm(int path, const Layout& w, const Value* value, const Operand& operand, int64_t images, int64_t samples,
+         const float* bias, int threads, const Pool* pool) {
   std::vector<Part> tiles, parts;
-  for (int64_t sample = 0; sample < batch;) {
-    const int64_t width = tile_width(path, batch - sample);
-    tiles.push_back({sample, std::min(width, batch - sample), width, 0, w.chunks});
-    sample += tiles.back().samples;
-  }
+  for (int64_t image = 0; image < images; ++image)
+    for (int64_t sample = 0; sample < samples;) {
+      const int64_t width = tile_width(path, samples - sample);
+      tiles.push_back({image, sample, std::min(width, samples - sample), width, 0, w.chunks});
+      sample += tiles.back().samples;
+    }
   // Blocks of rows whose sums fit the L2 cache.
   const int64_t blocks = (w.chunks + 63) / 64;
   const std::vector<int64_t> cuts =
@@ -77,7 +79,7 @@ int spmm(int path, const Layout& w, const Value* value, const Element* x, int64_
     for (size_t i = 0; i + 1 < cuts.size(); ++i) {
       if (cuts[i] == cuts[i + 1]) continue;
       most = std::max(most, cuts[i + 1] - cuts[i]);
-      parts.push_back({whole.sample, whole.samples, whole.width, cuts[i], cuts[i + 1]});
+      parts.push_back({whole.image, whole.sample, whole.samples, whole.width, cuts[i], cuts[i + 1]});
     }
   }
   const int64_t runs = std::min<int64_t>(std::max(1, threads), parts.size());
@@ -90,16 +92,25 @@ int spmm(int path, const Layout& w, const Value* value, const Element* x, int64_
       float* own = scratch + run * length;
 #if defined(__x86_64__)
       if (path == WITH_AVX512)
-        avx512::product<Column>(w, value, x, bias, y, parts[i], own);
+        avx512::product<Column>(w, value, operand, bias, parts[i], own);
       else if (path == WITH_AVX2)
-        avx2::product<Column>(w, value, x, bias, y, parts[i], own);
+        avx2::product<Column>(w, value, operand, bias, parts[i], own);
       else
 #endif
-        portable::product<Column>(w, value, x, bias, y, parts[i], own);
+        portable::product<Column>(w, value, operand, bias, parts[i], own);
     }
   });
   std::free(scratch);
   return 0;
+}
+
+template <class Value, class Operand>
+int spmm(int path, const void* memory, const void* value, const Operand& operand, int64_t images, int64_t samples,
+         const float* bias, int threads, const Pool* pool) {
+  const Layout w(memory);
+  const Value* weights = static_cast<const Value*>(value);
+  return w.panel > NARROW ? spmm<uint16_t>(path, w, weights, operand, images, samples, bias, threads, pool)
+                          : spmm<uint8_t>(path, w, weights, operand, images, samples, bias, threads, pool);
 }
 
 }  // namespace
@@ -113,21 +124,44 @@ int hpcprune_spmm(int path, int kind, const void* layout, const void* value, con
                   const float* bias, void* y, int threads, const hpcprune::Pool* pool) {
   using namespace hpcprune;
   const Layout w(layout);
-  const auto run = [&](const auto* weights, const auto* from, auto* to) {
-    return w.panel > NARROW ? spmm<uint16_t>(path, w, weights, from, batch, bias, to, threads, pool)
-                            : spmm<uint8_t>(path, w, weights, from, batch, bias, to, threads, pool);
-  };
-  const auto *whole = static_cast<const float*>(value), *x32 = static_cast<const float*>(x);
-  const auto *half = static_cast<const bfloat16*>(value), *x16 = static_cast<const bfloat16*>(x);
+  const Rows<float> whole{static_cast<const float*>(x), static_cast<float*>(y), w.columns, w.rows};
+  const Rows<bfloat16> half{static_cast<const bfloat16*>(x), static_cast<bfloat16*>(y), w.columns, w.rows};
   switch (kind) {
     case 0:
-      return run(whole, x32, static_cast<float*>(y));
+      return spmm<float>(path, layout, value, whole, 1, batch, bias, threads, pool);
     case 1:
-      return run(half, x32, static_cast<float*>(y));
+      return spmm<bfloat16>(path, layout, value, whole, 1, batch, bias, threads, pool);
     case 2:
-      return run(whole, x16, static_cast<bfloat16*>(y));
+      return spmm<float>(path, layout, value, half, 1, batch, bias, threads, pool);
     default:
-      return run(half, x16, static_cast<bfloat16*>(y));
+      return spmm<bfloat16>(path, layout, value, half, 1, batch, bias, threads, pool);
+  }
+}
+
+// A convolution of images. `shape` is channels, then height and width of the image, the kernel, the stride, the
+// padding, the dilation and the output.
+int hpcprune_convolution(int path, int kind, const void* layout, const void* value, const void* x, int64_t count,
+                         const int64_t* shape, const float* bias, void* y, int threads, const hpcprune::Pool* pool) {
+  using namespace hpcprune;
+  Images<float> whole{
+      static_cast<const float*>(x), static_cast<float*>(y), Layout(layout).rows, shape[0], {}, {}, {}, {}, {}, {}};
+  Images<bfloat16> half{
+      static_cast<const bfloat16*>(x), static_cast<bfloat16*>(y), whole.rows, shape[0], {}, {}, {}, {}, {}, {}};
+  for (int i = 0; i < 2; ++i) {
+    whole.size[i] = half.size[i] = shape[1 + i], whole.kernel[i] = half.kernel[i] = shape[3 + i];
+    whole.stride[i] = half.stride[i] = shape[5 + i], whole.padding[i] = half.padding[i] = shape[7 + i];
+    whole.dilation[i] = half.dilation[i] = shape[9 + i], whole.out[i] = half.out[i] = shape[11 + i];
+  }
+  const int64_t places = shape[11] * shape[12];
+  switch (kind) {
+    case 0:
+      return spmm<float>(path, layout, value, whole, count, places, bias, threads, pool);
+    case 1:
+      return spmm<bfloat16>(path, layout, value, whole, count, places, bias, threads, pool);
+    case 2:
+      return spmm<float>(path, layout, value, half, count, places, bias, threads, pool);
+    default:
+      return spmm<bfloat16>(path, layout, value, half, count, places, bias, threads, pool);
   }
 }
 }

@@ -1,6 +1,6 @@
 // The products of spmm.cpp for one path; see each_path.h.
 
-#include "../transpose_body.h"
+#include "operands_body.h"
 
 // Four rows of a panel, `length` entries each, on COUNT vectors of samples.
 template <class Vector, int COUNT, class Column, class Value>
@@ -21,17 +21,17 @@ INLINE void four_rows(const Column* column, const Value* value, int64_t length, 
 
 // A tile: up to SAMPLES samples, the rows of chunks [first, last).
 template <class Vector, int COUNT, class Column, class Value>
-void tile(const Layout& w, const Value* value, int64_t first, int64_t last, Pack pack_x, const void* x, int64_t samples,
-          float* panel, float* sums) {
+void tile(const Layout& w, const Value* value, const Part& part, Read read_x, const void* operand, float* panel,
+          float* sums) {
   constexpr int SAMPLES = sizeof(Vector) / sizeof(float) * COUNT;
   for (int64_t p = 0; p < w.panels; ++p) {
     const int64_t start = p * w.panel;
     const int64_t columns = std::min(w.panel, w.columns - start);
-    if (samples < SAMPLES) std::fill_n(panel, columns * SAMPLES, 0.0f);
-    pack_x(x, start, w.columns, samples, columns, panel, SAMPLES);
-    for (int64_t c = first; c < last; ++c) {
+    if (part.samples < SAMPLES) std::fill_n(panel, columns * SAMPLES, 0.0f);
+    read_x(operand, part.image, part.sample, part.samples, start, columns, panel, SAMPLES);
+    for (int64_t c = part.first; c < part.last; ++c) {
       int64_t at = w.start[p * w.chunks + c] * GROUP;
-      float* base = sums + (c - first) * CHUNK * SAMPLES;
+      float* base = sums + (c - part.first) * CHUNK * SAMPLES;
       const int64_t stop = w.last_group(p, c);
       for (int64_t g = w.first_group(p, c); g < stop; ++g) {
         const uint8_t* row = w.row + g * GROUP;
@@ -81,38 +81,46 @@ inline void single(const Layout& w, const Value* weights, int64_t first, int64_t
     }
 }
 
-template <class Vector, int64_t SAMPLES, class Column, class Value, class Element>
-INLINE void tile_there_and_back(const Layout& w, const Value* value, const Part& part, const Element* x, float* panel,
-                                float* sums, int64_t rows, Element* y) {
-  constexpr int COUNT = SAMPLES * sizeof(float) / sizeof(Vector);
-  tile<Vector, COUNT, Column>(w, value, part.first, part.last, pack<Element>, x, part.samples, panel, sums);
-  transpose(sums, SAMPLES, rows, part.samples, y, w.rows);
-}
-
-template <class Column, class Value, class Element>
-inline void product(const Layout& w, const Value* value, const Element* x, const float* bias, Element* y,
-                    const Part& part, float* scratch) {
+template <class Column, class Value, class Operand>
+inline void product(const Layout& w, const Value* value, const Operand& operand, const float* bias, const Part& part,
+                    float* scratch) {
   const int64_t rows = std::min(part.last * CHUNK, w.rows) - part.first * CHUNK;
   const int64_t padded = (rows + GROUP - 1) / GROUP * GROUP, row = part.first * CHUNK;
   float* panel = scratch;
   float* sums = scratch + (part.width == 1 ? w.columns : part.width * w.panel);
   for (int64_t r = 0; r < padded; ++r)
     for (int64_t s = 0; s < part.width; ++s) sums[r * part.width + s] = bias && r < rows ? bias[row + r] : 0.0f;
-  x += part.sample * w.columns;
-  y += part.sample * w.rows + row;
+#define TILE(VECTOR, COUNT) tile<VECTOR, COUNT, Column>(w, value, part, read_any<Operand>, &operand, panel, sums)
+  switch (part.width) {
 #if LANES == 16
-  if (part.width == 32) return tile_there_and_back<Float16, 32, Column>(w, value, part, x, panel, sums, rows, y);
-  if (part.width == 16) return tile_there_and_back<Float16, 16, Column>(w, value, part, x, panel, sums, rows, y);
+    case 32:
+      TILE(Float16, 2);
+      break;
+    case 16:
+      TILE(Float16, 1);
+      break;
+    case 8:
+      TILE(Float8, 1);
+      break;
 #elif LANES == 8
-  if (part.width == 16) return tile_there_and_back<Float8, 16, Column>(w, value, part, x, panel, sums, rows, y);
-#endif
-#if LANES >= 8
-  if (part.width == 8) return tile_there_and_back<Float8, 8, Column>(w, value, part, x, panel, sums, rows, y);
+    case 16:
+      TILE(Float8, 2);
+      break;
+    case 8:
+      TILE(Float8, 1);
+      break;
 #else
-  if (part.width == 8) return tile_there_and_back<Float4, 8, Column>(w, value, part, x, panel, sums, rows, y);
+    case 8:
+      TILE(Float4, 2);
+      break;
 #endif
-  if (part.width == 4) return tile_there_and_back<Float4, 4, Column>(w, value, part, x, panel, sums, rows, y);
-  for (int64_t k = 0; k < w.columns; ++k) panel[k] = widen(x[k]);
-  single<Column>(w, value, part.first, part.last, panel, sums);
-  for (int64_t r = 0; r < rows; ++r) narrow(sums[r], y + r);
+    case 4:
+      TILE(Float4, 1);
+      break;
+    default:
+      read(operand, part.image, part.sample, 1, 0, w.columns, panel, 1);
+      single<Column>(w, value, part.first, part.last, panel, sums);
+  }
+#undef TILE
+  write(operand, part.image, part.sample, part.samples, row, rows, sums, part.width);
 }
