@@ -22,10 +22,12 @@ INLINE void read_line(const Element* line, int64_t width, int64_t from, int64_t 
   int64_t i = 0;
   for (; i < length && from + i * stride < 0; ++i) to[i] = 0.0f;
   const int64_t stop = std::min(length, from < width ? (width - from + stride - 1) / stride : 0);
-  if (stride == 1)
-    for (; i < stop; ++i) to[i] = widen(line[from + i]);
-  else
-    for (; i < stop; ++i) to[i] = widen(line[from + i * stride]);
+  if constexpr (std::is_same<Element, float>::value)
+    if (stride == 1 && i < stop) {
+      std::memcpy(to + i, line + from + i, (stop - i) * sizeof(float));
+      i = stop;
+    }
+  for (; i < stop; ++i) to[i] = widen(line[from + i * stride]);
   for (; i < length; ++i) to[i] = 0.0f;
 }
 
@@ -33,20 +35,24 @@ template <class Element>
 void read(const Images<Element>& images, int64_t image, int64_t sample, int64_t samples, int64_t column, int64_t count,
           float* to, int64_t step) {
   const auto& [x, y, rows, channels, size, kernel, stride, padding, dilation, out] = images;
-  for (int64_t k = column; k < column + count; ++k, to += step) {
-    const int64_t channel = k / (kernel[0] * kernel[1]), place = k % (kernel[0] * kernel[1]);
-    const Element* plane = x + (image * channels + channel) * size[0] * size[1];
-    for (int64_t s = 0; s < samples;) {
-      const int64_t line = (sample + s) / out[1], first = (sample + s) % out[1];
-      const int64_t length = std::min(samples - s, out[1] - first);
-      const int64_t from_line = line * stride[0] - padding[0] + place / kernel[1] * dilation[0];
-      const int64_t from = first * stride[1] - padding[1] + place % kernel[1] * dilation[1];
+  const int64_t in_kernel = kernel[0] * kernel[1], plane = size[0] * size[1];
+  for (int64_t s = 0; s < samples;) {  // those of one line of the output at a time
+    const int64_t line = (sample + s) / out[1], first = (sample + s) % out[1];
+    const int64_t length = std::min(samples - s, out[1] - first);
+    int64_t channel = column / in_kernel, down = column % in_kernel / kernel[1], across = column % kernel[1];
+    float* own = to + s;
+    for (int64_t k = 0; k < count; ++k, own += step) {
+      const int64_t from_line = line * stride[0] - padding[0] + down * dilation[0];
+      const int64_t from = first * stride[1] - padding[1] + across * dilation[1];
       if (from_line < 0 || from_line >= size[0])
-        std::fill_n(to + s, length, 0.0f);
+        std::fill_n(own, length, 0.0f);
       else
-        read_line(plane + from_line * size[1], size[1], from, stride[1], length, to + s);
-      s += length;
+        read_line(x + (image * channels + channel) * plane + from_line * size[1], size[1], from, stride[1], length,
+                  own);
+      if (++across == kernel[1]) across = 0, ++down;
+      if (down == kernel[0]) down = 0, ++channel;
     }
+    s += length;
   }
 }
 
