@@ -1,4 +1,4 @@
-"""The break-even of packing: whether sending the survivors alone is faster than sending everything, by trying both.
+"""The break-evens of a round: whether sending the survivors alone pays, and computing with them alone, by trying both.
 
 Packing saves bytes and costs a pass over the gradients before the exchange and one over the weights after the step. On
 a slow network it pays at any density, within a host it may not pay when nearly everything survives. How much of the
@@ -12,12 +12,14 @@ from collections.abc import Callable
 import numpy as np
 from torch import nn
 
+from hpcprune.ledger import Ledger
 from hpcprune.masks import Masks
 from hpcprune.snapshot import load_buffers
+from hpcprune.sparse.training import faster_layers
 from hpcprune.train import Trainer
 from hpcprune.world import World
 
-__all__ = ["packing_pays"]
+__all__ = ["packing_pays", "sparse_layers"]
 
 PAYS_UP_TO = 0.125  # the density to which packing was never slower, without compiled kernels either: nothing is tried
 TRIES = 3  # steps of each kind; the first of them only warms up, so it is seldom the fastest
@@ -43,6 +45,37 @@ def packing_pays(masks: Masks, begin: Callable[[bool], Trainer], model: nn.Modul
         f"{'survivors are packed' if pays else 'all gradients are sent'}: at density {masks.density:.2f} a step takes "
         f"{packed * 1e3:.1f} ms packed and {whole * 1e3:.1f} ms whole"
     )
+
+
+def sparse_layers(
+    masks: Masks, begin: Callable[[bool], Trainer], model: nn.Module, ledger: Ledger, world: World
+) -> tuple[list[str], str]:
+    """Which layers train sparse, and a sentence that says so. Collective: all ranks get the same answer.
+
+    Those that are faster by themselves on every rank, if a whole step is faster with them. No weight changes.
+
+    Args:
+        begin: makes a training with the layers that the ledger says.
+    """
+    buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    trainer = begin(True)
+    own = faster_layers(model, masks, lambda: trainer.try_step(0))
+    trainer.close()
+    of_ranks = world.allgather(own, "sparse layers: agreeing")
+    found = [name for name in own if all(name in others for others in of_ranks)]
+    seconds = []
+    for names in ([], found) if found else ():
+        ledger.sparse = names
+        seconds.append(_fastest(begin(True)))
+    ledger.sparse = None
+    load_buffers(model, buffers)
+    if not found:
+        return [], "all layers train dense: none is faster sparse"
+    dense, sparse = world.allreduce(np.array(seconds), "sparse layers: break-even", op="max").tolist()
+    times = f"a step takes {sparse * 1e3:.1f} ms so and {dense * 1e3:.1f} ms dense"
+    if sparse >= dense:
+        return [], f"all layers train dense: with {len(found)} sparse ones {times}"
+    return found, f"{len(found)} of {len(masks)} layers train sparse: {times}"
 
 
 def _fastest(trainer: Trainer) -> float:

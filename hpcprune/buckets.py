@@ -95,7 +95,7 @@ class Buckets:
         self._began = 0.0
         self._sums: dict[str, Tensor] = {}
         self._hooks = [
-            each.parameter.register_post_accumulate_grad_hook(self._watch(each))  # type: ignore[no-untyped-call]
+            each.source.register_post_accumulate_grad_hook(self._watch(each))  # type: ignore[no-untyped-call]
             for each in survivors
         ]
 

@@ -28,6 +28,8 @@ class Ledger:
     """The parameters' names in the order in which backward finishes them; empty before the run's first step."""
     packed: bool | None = None
     """Whether this round packs survivors' gradients; None before it is decided."""
+    sparse: list[str] | None = None
+    """The layers that compute with survivors alone in this round's retraining; None before it is decided."""
     run_step: int = 0
     """Optimizer steps and prunings done in the run: it numbers the checkpoints."""
     evaluations: list[dict[str, Any]] = field(default_factory=list)
@@ -43,8 +45,8 @@ class Ledger:
 
     @classmethod
     def read(cls, values: Mapping[str, Any]) -> Ledger:
-        """The ledger that `as_dict` gave."""
-        return cls(**{each.name: values[each.name] for each in fields(cls)})
+        """The ledger that `as_dict` gave, of this version or an older one."""
+        return cls(**{each.name: values[each.name] for each in fields(cls) if each.name in values})
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)

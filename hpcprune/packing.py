@@ -19,7 +19,7 @@ from torch import Tensor
 from hpcprune.native.survivors import gather, popcount, update
 from hpcprune.tensors import to_array
 
-__all__ = ["Masked", "Packed", "Packing", "Whole"]
+__all__ = ["Bits", "Masked", "Packed", "Packing", "Whole"]
 
 Bits = npt.NDArray[np.uint8]
 
@@ -68,7 +68,7 @@ class Packed:
     def __init__(self, bits: Bits, weights: int, device: torch.device) -> None:
         """The survivors of `weights` weights by their packed mask; indices are made for devices other than the CPU."""
         self.length = popcount(bits)
-        self._bits, self._places = bits, None
+        self.bits, self._places = bits, None
         if device.type != "cpu":
             kept = np.unpackbits(bits, count=weights, bitorder="little")
             self._places = torch.from_numpy(np.flatnonzero(kept)).to(device)
@@ -77,13 +77,13 @@ class Packed:
         if self._places is not None:
             torch.index_select(dense, 0, self._places, out=out)
         else:
-            gather(to_array(dense), self._bits, torch.get_num_threads(), to_array(out))
+            gather(to_array(dense), self.bits, torch.get_num_threads(), to_array(out))
 
     def scatter(self, packed: Tensor, dense: Tensor) -> None:
         if self._places is not None:
             dense.index_copy_(0, self._places, packed)
         else:
-            update(to_array(dense), self._bits, to_array(packed), torch.get_num_threads())
+            update(to_array(dense), self.bits, to_array(packed), torch.get_num_threads())
 
 
 class Masked:

@@ -129,6 +129,7 @@ class Run:
         """Prune to the round's sparsity and retrain."""
         if self.ledger.round != number:
             self.ledger.round, self.ledger.step, self.ledger.complete, self.ledger.packed = number, 0, False, None
+            self.ledger.sparse = None
             self._prune()
             self._evaluate("pruned")
         self._train("retrain")
@@ -166,13 +167,16 @@ class Run:
     def _train(self, stage: str) -> None:
         """Do the steps of this round that are left."""
         ledger = self.ledger
-        packed = ledger.packed
+        decided = ledger.packed, ledger.sparse
         trainer = self._begin(stage)
         plan, due = trainer.plan, False
         self.journal.stage(stage, ledger, self.masks.sparsity, plan.steps)
         job, begun = self.job, ledger.step
         later = (job.prune.rounds - ledger.round) * self.prepared.retrain.steps
-        if ledger.packed != packed:  # kept before it has any effect: a run that goes on must not choose anew
+        if (
+            ledger.packed,
+            ledger.sparse,
+        ) != decided:  # kept before it has any effect: a run that goes on must not choose anew
             self.saver.begin(self.masks, ledger, self._state_of(trainer))
             self.saver.finish(ledger)
         title = f"round {ledger.round}/{self.job.prune.rounds}: {stage}" if ledger.round else stage

@@ -1,8 +1,9 @@
 """A training stage of a run, ready to step: survivors laid out as backward goes, their way to the other ranks, and the
 optimizer's state.
 
-Two choices are made once and kept in the ledger, since a run that goes on must make them as before: the order in which
-backward finishes parameters (seen in the run's first step), and whether packing pays in this round.
+Three choices are made once and kept in the ledger, since a run that goes on must make them as before: the order in
+which backward finishes parameters (seen in the run's first step), whether packing pays in this round, and which layers
+train sparse in it.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from hpcprune.breakeven import packing_pays
+from hpcprune.breakeven import packing_pays, sparse_layers
 from hpcprune.buckets import Sender
 from hpcprune.exchange import Exchange
 from hpcprune.exchange.topk import TopK
@@ -60,7 +61,8 @@ def begin_stage(
     pruned = masks if ledger.round else None
 
     def begin(packing: bool) -> Trainer:
-        survivors = Survivors(prepared.model, pruned, order=ledger.order, packing=packing)
+        sparse = ledger.sparse if packing and ledger.sparse else ()
+        survivors = Survivors(prepared.model, pruned, order=ledger.order, packing=packing, sparse=sparse)
         sender, left = _sender(stage, job, training, survivors, world, exchange, carried)
         name = (job.seed, stage, ledger.round)
         task, model, data = prepared.task, prepared.model, prepared.data.train
@@ -73,6 +75,9 @@ def begin_stage(
             chosen = packing_pays(pruned, begin, prepared.model, world)
         if chosen is not None and chosen[0] != ledger.packed:
             ledger.packed, why = chosen
+            display.say(f"round {ledger.round}/{job.prune.rounds}: {why}")
+        if job.retrain.sparse == "auto" and ledger.packed and ledger.sparse is None:
+            ledger.sparse, why = sparse_layers(pruned, begin, prepared.model, ledger, world)
             display.say(f"round {ledger.round}/{job.prune.rounds}: {why}")
     trainer = begin(ledger.packed is not False)
     if carried.optimizer:

@@ -13,8 +13,8 @@ https://arxiv.org/abs/2302.05045
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -28,13 +28,23 @@ __all__ = ["Segment", "Survivors"]
 
 @dataclass(frozen=True)
 class Segment:
-    """A parameter's part of its dtype's packed vector: the elements [start, stop)."""
+    """A parameter's part of its dtype's packed vector: the elements [start, stop).
+
+    leaf: these elements as a tensor of their own, where the layer computes with the survivors themselves instead of the
+    dense parameter.
+    """
 
     name: str
     parameter: nn.Parameter
     packing: Packing
     start: int
     stop: int
+    leaf: Tensor | None = None
+
+    @property
+    def source(self) -> Tensor:
+        """What backward gives a gradient."""
+        return self.parameter if self.leaf is None else self.leaf
 
     @property
     def dtype(self) -> torch.dtype:
@@ -50,7 +60,13 @@ class Survivors:
     """
 
     def __init__(
-        self, model: nn.Module, masks: Masks | None = None, *, order: Sequence[str] = (), packing: bool = True
+        self,
+        model: nn.Module,
+        masks: Masks | None = None,
+        *,
+        order: Sequence[str] = (),
+        packing: bool = True,
+        sparse: Collection[str] = (),
     ) -> None:
         """Pack the trainable weights of `model`; without masks, all of them. Pruned weights are set to zero.
 
@@ -58,6 +74,7 @@ class Survivors:
             order: names of parameters in the order in which backward finishes them, which becomes the vectors'; those
                 that are not named come after, the last registered first, as backward does it in most models.
             packing: False keeps pruned weights in the vectors as zeros, for densities at which packing does not pay.
+            sparse: names of pruned parameters whose layers compute with a leaf of their segment (sparse/training.py).
         """
         if masks is not None:
             masks.apply(model)
@@ -84,6 +101,11 @@ class Survivors:
                 segment.packing.gather(segment.parameter.data.view(-1), weights)
                 if segment.packing.whole:
                     segment.parameter.data = weights.view(segment.parameter.shape)
+        for segments in self.segments.values():
+            for i, segment in enumerate(segments):
+                if segment.name in sparse:
+                    leaf = self.weights(segment).detach().requires_grad_()
+                    segments[i] = replace(segment, leaf=leaf)
 
     def __iter__(self) -> Iterator[Segment]:
         """All segments, dtype after dtype, in the vectors' order."""
@@ -125,7 +147,12 @@ class Survivors:
     @torch.no_grad()
     def pack_gradient(self, segment: Segment, add: bool = False) -> None:
         """Gather a segment's gradient and free the dense one; none counts as zeros. `add`: to what is there already."""
-        target, dense = self.gradient(segment), segment.parameter.grad
+        target, dense = self.gradient(segment), segment.source.grad
+        if segment.leaf is not None and segment.parameter.grad is not None:
+            raise TaskError(
+                f"{segment.name} is used outside its layer, which computes with the survivors alone; write "
+                "retrain.sparse: never"
+            )
         if dense is not None and dense.layout != torch.strided:
             raise TaskError(
                 f"{segment.name}: its gradient is {dense.layout}, and only dense ones can be packed; build its module "
@@ -133,10 +160,13 @@ class Survivors:
             )
         if dense is not None:
             into = torch.empty_like(target) if add else target
-            segment.packing.gather(dense.reshape(-1), into)
+            if segment.leaf is None:
+                segment.packing.gather(dense.reshape(-1), into)
+            else:
+                into.copy_(dense)
             if add:
                 target.add_(into)
-            segment.parameter.grad = None
+            segment.source.grad = None
         elif not add:
             target.zero_()
 
@@ -164,10 +194,13 @@ class Survivors:
             self.pack_gradient(segment)
 
     @torch.no_grad()
-    def unpack(self) -> None:
-        """Write the packed weights to the model's dense parameters; pruned weights are not touched."""
+    def unpack(self, everything: bool = False) -> None:
+        """Write the packed weights to the model's dense parameters; pruned weights are not touched.
+
+        everything: those too whose layers do not compute with them.
+        """
         for segment in self:
-            if not segment.packing.whole:
+            if not segment.packing.whole and (everything or segment.leaf is None):
                 segment.packing.scatter(self.weights(segment), segment.parameter.data.view(-1))
 
 

@@ -23,6 +23,7 @@ from hpcprune.masks import Masks
 from hpcprune.optimizer import load_state, make_optimizer, named_state
 from hpcprune.schedule import learning_rate_factor
 from hpcprune.seeds import derive, seed_all
+from hpcprune.sparse.training import SparseTraining
 from hpcprune.survivors import Survivors
 from hpcprune.task import Task, to_device
 from hpcprune.training import BUCKET_MB, Training
@@ -99,6 +100,7 @@ class Trainer:
         self.survivors = survivors
         self._sender = sender or Wire(exchange, None)
         self.buckets = Buckets(survivors, self._sender, int(bucket_mb * 1e6))
+        self._sparse = SparseTraining(model, survivors)
         self._optimizer = make_optimizer(survivors, training.optimizer)
         self._task, self._model, self._dataset, self._training = task, model, dataset, training
         self._world, self._exchange, self._name = world, exchange, name
@@ -107,6 +109,8 @@ class Trainer:
 
     def close(self) -> None:
         """Leave the model as a model again."""
+        self.survivors.unpack(everything=True)
+        self._sparse.close()
         self.buckets.close()
 
     def step(self, number: int, stop: bool, written: bool = False, due: bool = False) -> Step:
@@ -154,7 +158,11 @@ class Trainer:
         return time.perf_counter() - start
 
     def optimizer_state(self) -> dict[str, Tensor]:
-        """The optimizer's tensors by the parameters' names, as the survivors pack them."""
+        """The optimizer's tensors by the parameters' names, as the survivors pack them.
+
+        The model's own weights are those of the last step from here on until the next, sparse layers' too.
+        """
+        self.survivors.unpack(everything=True)
         return named_state(self._optimizer, self.survivors)
 
     def own_state(self) -> dict[str, Tensor]:

@@ -1,7 +1,8 @@
 // Compiles the file that BODY names once for every path, in a namespace of the path's own.
 //
 // BODY is written in vectors of LANES floats (the compiler's vector extension), so one text serves every instruction
-// set; where a path has an instruction that the others lack, BODY asks for LANES. The namespaces are the source's alone.
+// set; where a path has an instruction that the others lack, BODY asks for LANES. The namespaces are the source's
+// alone.
 
 #if defined(__x86_64__)
 #define LANES 16
@@ -17,8 +18,8 @@ namespace {
 namespace avx512 {
 #include BODY
 }
-}
-}
+}  // namespace
+}  // namespace hpcprune
 #undef LANES
 #define LANES 8
 #if defined(__clang__)
@@ -34,8 +35,8 @@ namespace {
 namespace avx2 {
 #include BODY
 }
-}
-}
+}  // namespace
+}  // namespace hpcprune
 #undef LANES
 #if defined(__clang__)
 #pragma clang attribute pop
@@ -50,6 +51,6 @@ namespace {
 namespace portable {
 #include BODY
 }
-}
-}
+}  // namespace
+}  // namespace hpcprune
 #undef LANES

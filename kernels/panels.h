@@ -1,7 +1,8 @@
 // How a pruned W lies in memory for products with it: panels.
 //
 // W's columns fall into panels of 256, so that a column is a byte and a panel of X, transposed, stays in the L1 or L2
-// cache while all rows pass over it. Rows fall into chunks of 64, which are what threads share out. Within a panel and a
+// cache while all rows pass over it; where so few survive that a row has next to none in 256 columns, into panels of
+// 1024 and a column is 2 bytes. Rows fall into chunks of 64, which are what threads share out. Within a panel and a
 // chunk rows are sorted by how many of their weights are left and taken in groups of four of nearly equal length: the
 // inner loop does four rows at once, so their sums hide each other's latency, and its length is known before it begins.
 // Entry j of the four rows lies together; where a row is shorter than the longest of its group it is filled up with
@@ -15,35 +16,44 @@
 
 namespace hpcprune {
 
-constexpr int64_t PANEL = 256;  // columns
-constexpr int64_t CHUNK = 64;   // rows
-constexpr int64_t GROUP = 4;    // rows
+constexpr int64_t NARROW = 256, WIDE = 1024;  // columns of a panel
+constexpr int64_t CHUNK = 64;                 // rows
+constexpr int64_t GROUP = 4;                  // rows
 
-// What all the entries are but their weights, in one stretch of memory that begins with the first three numbers.
+// What all the entries are but their weights, in one stretch of memory that begins with the first four numbers.
 struct Layout {
-  int64_t rows, columns, entries;  // of four
+  int64_t rows, columns, panel, entries;  // columns of a panel; entries of four
   int64_t panels, chunks, groups;
-  int64_t* start;    // [panels * chunks + 1]: where the entries of a panel's chunk begin
-  uint16_t* length;  // [panels * groups]: entries of a group
-  uint8_t* row;      // [panels * groups * 4]: the rows of a group, counted from the chunk's first
-  uint8_t* column;   // [entries * 4]: counted from the panel's first
+  int64_t* start;       // [panels * chunks + 1]: where the entries of a panel's chunk begin
+  uint16_t* length;     // [panels * groups]: entries of a group
+  uint8_t* row;         // [panels * groups * 4]: the rows of a group, counted from the chunk's first
+  uint8_t* columns_of;  // [entries * 4]: counted from the panel's first, uint8_t or uint16_t
 
-  Layout(int64_t rows, int64_t columns, int64_t entries, void* memory)
+  Layout(int64_t rows, int64_t columns, int64_t panel, int64_t entries, void* memory)
       : rows(rows),
         columns(columns),
+        panel(panel),
         entries(entries),
-        panels((columns + PANEL - 1) / PANEL),
+        panels((columns + panel - 1) / panel),
         chunks((rows + CHUNK - 1) / CHUNK),
         groups((rows + GROUP - 1) / GROUP),
-        start(static_cast<int64_t*>(memory) + 3),
+        start(static_cast<int64_t*>(memory) + 4),
         length(reinterpret_cast<uint16_t*>(start + panels * chunks + 1)),
         row(reinterpret_cast<uint8_t*>(length + panels * groups)),
-        column(row + panels * groups * GROUP) {}
+        columns_of(row + panels * groups * GROUP) {}
 
   explicit Layout(const void* memory) : Layout(const_cast<int64_t*>(static_cast<const int64_t*>(memory))) {}
-  explicit Layout(int64_t* memory) : Layout(memory[0], memory[1], memory[2], memory) {}
+  explicit Layout(int64_t* memory) : Layout(memory[0], memory[1], memory[2], memory[3], memory) {}
 
-  int64_t bytes() const { return 8 * (4 + panels * chunks) + (2 + GROUP) * panels * groups + GROUP * entries; }
+  int64_t bytes() const {
+    return 8 * (5 + panels * chunks) + (2 + GROUP) * panels * groups + GROUP * entries * (panel > NARROW ? 2 : 1);
+  }
+
+  // The columns of the entries, as the type that they have.
+  template <class Column>
+  Column* column() const {
+    return reinterpret_cast<Column*>(columns_of);
+  }
 
   // The first group of a chunk in a panel, among all groups, and the one after its last.
   int64_t first_group(int64_t panel, int64_t chunk) const { return panel * groups + chunk * (CHUNK / GROUP); }

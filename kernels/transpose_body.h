@@ -53,11 +53,22 @@ inline void transpose(const From* from, int64_t from_step, int64_t rows, int64_t
       int64_t r = row;
       for (; r + 4 <= last_row; r += 4) {
         int64_t c = column;
-        for (; c + 4 <= last_column; c += 4) transpose4(from + r * from_step + c, from_step, to + c * to_step + r, to_step);
+        for (; c + 4 <= last_column; c += 4)
+          transpose4(from + r * from_step + c, from_step, to + c * to_step + r, to_step);
         for (; c < last_column; ++c)
           for (int64_t i = r; i < r + 4; ++i) narrow(widen(from[i * from_step + c]), to + c * to_step + i);
       }
       for (; r < last_row; ++r)
         for (int64_t c = column; c < last_column; ++c) narrow(widen(from[r * from_step + c]), to + c * to_step + r);
     }
+}
+
+// `transpose` into floats from an array of floats or bfloat16, so that what works on the floats is compiled once for
+// both.
+typedef void (*Pack)(const void* from, int64_t at, int64_t from_step, int64_t rows, int64_t columns, float* to,
+                     int64_t to_step);
+
+template <class From>
+void pack(const void* from, int64_t at, int64_t from_step, int64_t rows, int64_t columns, float* to, int64_t to_step) {
+  transpose(static_cast<const From*>(from) + at, from_step, rows, columns, to, to_step);
 }

@@ -47,8 +47,8 @@ INLINE float widen(bfloat16 value) {
   return result;
 }
 
-// Calls a product with its pointers as the types that they have: of `kind`, 1 is set where the weights are bfloat16, else
-// float, and 2 where X and Y are.
+// Calls a product with its pointers as the types that they have: of `kind`, 1 is set where the weights are bfloat16,
+// else float, and 2 where X and Y are.
 template <class Product>
 int with_types(int kind, const void* value, const void* x, void* y, const Product& product) {
   const auto* whole = static_cast<const float*>(value);

@@ -68,12 +68,14 @@ def test_only_what_is_needed_gets_a_gradient(weights: Tensor, needed: int) -> No
 def test_torch_finds_nothing_wrong_with_the_operators(weights: Tensor) -> None:
     given, ops = operands(weights), torch.ops.hpcprune
     x, survivors, bias, layout, order, *_ = (each.detach() if isinstance(each, Tensor) else each for each in given)
+    images, (of_images, convolved) = torch.randn(2, 30, 9, 11), laid_out(weights)
     gradient, held = torch.randn(2, 5, ROWS), bitmap_of(bits_of(weights), ROWS, COLUMNS, survivors)
     for operator, arguments in (
         (ops.survivors_linear, given),
         (ops.panels_linear, (x, layout, refill(order, survivors), bias, ROWS)),
         (ops.panels_linear, (x, layout, refill(order, survivors), None, ROWS)),
         (ops.bitmap_linear, (x, held.bits, held.first, held.value, bias)),
+        (ops.panels_conv2d, (images, of_images.layout, convolved, bias, ROWS, [2, 5], [1, 2], [0, 1], [2, 1])),
         (ops.panels_refill, (order, survivors)),
         (ops.panels_sampled, (x, gradient, layout, order, len(survivors))),
     ):
@@ -131,16 +133,21 @@ def test_a_linear_layer(shape: tuple[int, ...], bias: bool, dtype: torch.dtype, 
         {"kernel_size": 1, "stride": 2},
         {"kernel_size": 3, "padding": 1},
         {"kernel_size": (3, 5), "padding": (0, 2), "stride": (2, 1), "dilation": (1, 2), "bias": False},
+        {"kernel_size": (5, 2), "padding": (4, 3), "stride": (1, 3), "dilation": (3, 1)},
+        {"kernel_size": (17, 23)},
     ],
 )
 @pytest.mark.parametrize("batched", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @torch.no_grad()
-def test_a_convolution(options: dict[str, Any], batched: bool) -> None:
-    model = nn.Sequential(nn.Conv2d(6, 10, **options))
+def test_a_convolution(options: dict[str, Any], batched: bool, dtype: torch.dtype) -> None:
+    model = nn.Sequential(nn.Conv2d(6, 10, **options)).to(dtype)
     sparse = sparse_module(model[0], prune_to(model).bits("0.weight"))
     assert isinstance(sparse, SparseConv2d)
-    x = torch.randn(3, 6, 17, 23) if batched else torch.randn(6, 17, 23)
+    x = torch.randn(3, 6, 17, 23, dtype=dtype) if batched else torch.randn(6, 17, 23, dtype=dtype)
     torch.testing.assert_close(sparse(x), model(x))
+    last = x.to(memory_format=torch.channels_last) if batched else x
+    torch.testing.assert_close(sparse(last), model(x))
     assert torch.equal(sparse.weight, model[0].weight)
 
 

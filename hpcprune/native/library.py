@@ -212,6 +212,7 @@ def _load(file: Path) -> ctypes.CDLL:
                 integer,
                 [integer] * 2 + [long] * 2 + [pointer] * 4 + [long] + [pointer] * 2 + [integer, pointer],
             ),
+            ("convolution", integer, [integer] * 2 + [pointer] * 3 + [long] + [pointer] * 3 + [integer, pointer]),
             ("sddmm", integer, [integer] * 2 + [pointer] * 4 + [long, pointer, integer, pointer]),
         ):
             function = getattr(code, f"hpcprune_{name}")

@@ -129,7 +129,7 @@ _WHY = {
     "memory of the model": "A layer that runs dense keeps its zeros in memory; only the file leaves them out.",
     "FLOPs a sample": "The weights that are multiplied with are still there.",
     "time a sample": "A layer that runs dense multiplies zeros too; the table of layers says what was tried.",
-    "time an epoch": "Forward and backward passes are dense; only exchange and optimizer work on survivors alone.",
+    "time an epoch": "Passes are dense without retrain.sparse; exchange and optimizer work on survivors alone.",
     "gradients sent a rank": "The survivors' gradients are as many as the dense ones.",
     "on paper": "The survivors need no more than this, but the kernels that ran did not skip the zeros.",
     "masks": "Beside the survivors the file holds the masks (1 bit a weight) and all that is not prunable.",

@@ -20,7 +20,7 @@ from hpcprune.masks import Masks
 from hpcprune.sparse.kernels import FLOATS, SparseError, kernels
 from hpcprune.sparse.modules import Kernel, sparse_module
 
-__all__ = ["Choice", "Sparsified", "sparsify"]
+__all__ = ["Choice", "Sparsified", "sparsify", "time_in_turns", "watched_inputs"]
 
 TURNS = 9  # of each contender; more disturb each other less than they disturb the user
 LEAST = 2e-3  # seconds that a turn takes at least, so that the clock can tell
@@ -82,7 +82,7 @@ def sparsify(
     was_training = model.training
     model.eval()
     candidates = {name: module for name, module in model.named_modules() if f"{name}.weight" in masks}
-    inputs = _inputs(candidates, infer, samples)
+    inputs = _rows(candidates, samples) if infer is None else watched_inputs(candidates, infer)
     choices, replaced = [], {}
     for name, dense in candidates.items():
         calls = inputs.get(name, [])
@@ -107,16 +107,16 @@ def sparsify(
     return Sparsified(tuple(choices), torch.get_num_threads(), *found)
 
 
-def _inputs(
-    layers: Mapping[str, nn.Module], infer: Callable[[], object] | None, samples: int
-) -> dict[str, list[Tensor]]:
+def _rows(layers: Mapping[str, nn.Module], samples: int) -> dict[str, list[Tensor]]:
+    return {
+        name: [torch.randn(samples, layer.in_features, dtype=layer.weight.dtype)]
+        for name, layer in layers.items()
+        if isinstance(layer, nn.Linear)
+    }
+
+
+def watched_inputs(layers: Mapping[str, nn.Module], infer: Callable[[], object]) -> dict[str, list[Tensor]]:
     """Noise in the shapes of the inputs that each layer is called with."""
-    if infer is None:
-        return {
-            name: [torch.randn(samples, layer.in_features, dtype=layer.weight.dtype)]
-            for name, layer in layers.items()
-            if isinstance(layer, nn.Linear)
-        }
     found: dict[str, list[Tensor]] = {name: [] for name in layers}
 
     def watch(name: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:

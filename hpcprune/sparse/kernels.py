@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Sequence
 from functools import lru_cache
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -42,19 +43,19 @@ def is_half(name: str, tensor: Tensor) -> bool:
     return tensor.dtype == torch.bfloat16
 
 
-def multiply(kernel: str, matrix: Sequence[int], value: Tensor, x: Tensor, bias: Tensor | None, rows: int) -> Tensor:
-    """x W^T + bias by a kernel, `matrix` being its arguments for W beside the weights.
+def multiply(
+    kernel: str, matrix: Sequence[int], value: Tensor, x: Tensor, shape: Sequence[Any], bias: Tensor | None, y: Tensor
+) -> Tensor:
+    """y, filled with x W^T + bias by a kernel.
 
     Args:
-        value: W's weights as the kernel has them, float32 or bfloat16; sums are float32.
-        x: [batch, columns], float32 or bfloat16, contiguous. bias: [rows], float32.
-
-    Returns:
-        [batch, rows], of x's dtype.
+        matrix: the kernel's arguments for W beside its weights. value: those as the kernel has them, float32 or
+            bfloat16; sums are float32.
+        x: float32 or bfloat16, contiguous. shape: the kernel's arguments for x and y beside themselves.
+        bias: [rows], float32. y: contiguous, of x's dtype.
     """
     code, level = kernels()
     kind = is_half("W", value) + 2 * is_half("x", x)
-    y = x.new_empty(x.shape[0], rows)
     done(
         getattr(code, kernel)(
             level,
@@ -62,7 +63,7 @@ def multiply(kernel: str, matrix: Sequence[int], value: Tensor, x: Tensor, bias:
             *matrix,
             value.data_ptr(),
             x.data_ptr(),
-            x.shape[0],
+            *shape,
             None if bias is None else bias.data_ptr(),
             y.data_ptr(),
             torch.get_num_threads(),

@@ -8,13 +8,12 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
 from hpcprune.native.survivors import gather
 from hpcprune.sparse.bitmap import bitmap_of
 from hpcprune.sparse.kernels import FLOATS
-from hpcprune.sparse.ops import bitmap_linear, panels_linear
-from hpcprune.sparse.panels import lay_out, refill
+from hpcprune.sparse.ops import bitmap_linear, panels_conv2d, panels_linear
+from hpcprune.sparse.panels import Geometry, lay_out, refill
 from hpcprune.tensors import to_array
 
 __all__ = ["Kernel", "SparseConv2d", "SparseLinear", "sparse_module"]
@@ -51,10 +50,8 @@ class _Sparse(nn.Module):
         """The dense weight, made anew at each call: for code that reads a layer's weight instead of calling it."""
         return self._product(torch.eye(self.columns, dtype=self.value.dtype), None).t().reshape(self._shape)
 
-    def _multiply(self, x: Tensor) -> Tensor:
-        if torch.is_autocast_enabled("cpu"):
-            x = x.to(torch.get_autocast_dtype("cpu"))
-        return self._product(x, self.bias)
+    def _cast(self, x: Tensor) -> Tensor:
+        return x.to(torch.get_autocast_dtype("cpu")) if torch.is_autocast_enabled("cpu") else x
 
     def _product(self, x: Tensor, bias: Tensor | None) -> Tensor:
         product: Tensor = (
@@ -69,7 +66,7 @@ class SparseLinear(_Sparse):
     """x [..., columns] -> x W^T + bias [..., rows], as the Linear of which it is made."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return self._multiply(x)
+        return self._product(self._cast(x), self.bias)
 
     def extra_repr(self) -> str:
         return (
@@ -78,39 +75,27 @@ class SparseLinear(_Sparse):
 
 
 class SparseConv2d(_Sparse):
-    """The convolution of which it is made; kernels larger than 1x1 through unfold."""
+    """The convolution of which it is made."""
 
-    def __init__(self, dense: nn.Conv2d, bits: Bits, kernel: Kernel) -> None:
-        super().__init__(dense, bits, kernel)
+    def __init__(self, dense: nn.Conv2d, bits: Bits) -> None:
+        super().__init__(dense, bits, "panels")
         assert not isinstance(dense.padding, str)
-        self.kernel_size, self.stride, self.padding, self.dilation = (
-            dense.kernel_size,
-            dense.stride,
-            dense.padding,
-            dense.dilation,
-        )
+        self.geometry = Geometry(dense.kernel_size, dense.stride, dense.padding, dense.dilation)
 
     def forward(self, x: Tensor) -> Tensor:
-        sides = zip(x.shape[-2:], self.kernel_size, self.stride, self.padding, self.dilation, strict=True)
-        height, width = (
-            (size + 2 * padding - dilation * (kernel - 1) - 1) // stride + 1
-            for size, kernel, stride, padding, dilation in sides
+        product: Tensor = panels_conv2d(
+            self._cast(x), self.layout, self.value, self.bias, self.rows, *map(list, self.geometry)
         )
-        if self.kernel_size == (1, 1) and self.stride == (1, 1) and self.padding == (0, 0):
-            columns = x.flatten(-2)
-        else:
-            columns = functional.unfold(x, self.kernel_size, self.dilation, self.padding, self.stride)
-        product = self._multiply(columns.transpose(-1, -2))
-        return product.transpose(-1, -2).view(*x.shape[:-3], self.rows, height, width)
+        return product
 
     def extra_repr(self) -> str:
         return (
-            f"{self._shape[1]}, {self.rows}, kernel_size={self.kernel_size}, stride={self.stride}, kernel={self.kernel}"
+            f"{self._shape[1]}, {self.rows}, kernel_size={tuple(self.geometry.kernel)}, stride={self.geometry.stride}"
         )
 
 
 def sparse_module(dense: nn.Module, bits: Bits, kernel: Kernel = "panels") -> SparseLinear | SparseConv2d | None:
-    """The sparse module that computes what a dense one does, or None where there is none.
+    """The sparse module that computes what a dense one does, or None; convolutions have panels only.
 
     Subclasses are left alone: what they do with their weight is not known.
     """
@@ -123,7 +108,7 @@ def sparse_module(dense: nn.Module, bits: Bits, kernel: Kernel = "panels") -> Sp
         and dense.padding_mode == "zeros"
         and not isinstance(dense.padding, str)
     ):
-        return SparseConv2d(dense, bits, kernel)
+        return SparseConv2d(dense, bits)
     return None
 
 

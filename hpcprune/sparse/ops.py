@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 from hpcprune.sparse import bitmap, panels
-from hpcprune.sparse.panels import refill, sampled
+from hpcprune.sparse.panels import Geometry, convolve, refill, sampled
 
-__all__ = ["bitmap_linear", "panels_linear", "survivors_linear"]
+__all__ = ["bitmap_linear", "panels_conv2d", "panels_linear", "survivors_linear"]
 
 
 def _linear(x: Tensor, layout: Tensor, value: Tensor, bias: Tensor | None, rows: int) -> Tensor:
@@ -26,6 +26,23 @@ def _linear(x: Tensor, layout: Tensor, value: Tensor, bias: Tensor | None, rows:
 def _bitmap_linear(x: Tensor, bits: Tensor, first: Tensor, value: Tensor, bias: Tensor | None) -> Tensor:
     product = bitmap.multiply(_flat(x), bits, first, value, None if bias is None else bias.float())
     return product.view(*x.shape[:-1], first.shape[0])
+
+
+def _conv2d(
+    x: Tensor,
+    layout: Tensor,
+    value: Tensor,
+    bias: Tensor | None,
+    rows: int,
+    kernel: list[int],
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+) -> Tensor:
+    images = x.reshape(-1, *x.shape[-3:]).contiguous()
+    geometry = Geometry(kernel, stride, padding, dilation)
+    product = convolve(images, layout, value, None if bias is None else bias.float(), rows, geometry)
+    return product.view(*x.shape[:-3], *product.shape[-3:])
 
 
 def _flat(x: Tensor) -> Tensor:
@@ -55,6 +72,20 @@ def _product_like(x: Tensor, layout: Tensor, value: Tensor, bias: Tensor | None,
 
 def _bitmap_product_like(x: Tensor, bits: Tensor, first: Tensor, value: Tensor, bias: Tensor | None) -> Tensor:
     return x.new_empty(*x.shape[:-1], first.shape[0])
+
+
+def _conv2d_like(
+    x: Tensor,
+    layout: Tensor,
+    value: Tensor,
+    bias: Tensor | None,
+    rows: int,
+    kernel: list[int],
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+) -> Tensor:
+    return x.new_empty(*x.shape[:-3], rows, *Geometry(kernel, stride, padding, dilation).out(x.shape[-2:]))
 
 
 def _value_like(order: Tensor, survivors: Tensor) -> Tensor:
@@ -96,6 +127,12 @@ OPERATORS = (
         _bitmap_linear,
         _bitmap_product_like,
     ),
+    (
+        "panels_conv2d(Tensor x, Tensor layout, Tensor value, Tensor? bias, int rows, int[] kernel, int[] stride, "
+        "int[] padding, int[] dilation) -> Tensor",
+        _conv2d,
+        _conv2d_like,
+    ),
     ("panels_refill(Tensor order, Tensor survivors) -> Tensor", refill, _value_like),
     (
         "panels_sampled(Tensor x, Tensor gradient, Tensor layout, Tensor order, int survivors) -> Tensor",
@@ -119,5 +156,6 @@ for _schema, _compute, _like in OPERATORS:
 _torch.register_autograd("hpcprune::survivors_linear", _backward, setup_context=_keep)
 
 bitmap_linear = torch.ops.hpcprune.bitmap_linear
+panels_conv2d = torch.ops.hpcprune.panels_conv2d
 panels_linear = torch.ops.hpcprune.panels_linear
 survivors_linear = torch.ops.hpcprune.survivors_linear

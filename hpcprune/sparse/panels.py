@@ -7,7 +7,9 @@ of a round's steps, in which the weights change and the masks do not.
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -19,7 +21,7 @@ from hpcprune.native.survivors import popcount
 from hpcprune.sparse import kernels
 from hpcprune.sparse.kernels import SparseError, done, is_half
 
-__all__ = ["Panels", "lay_out", "multiply", "refill", "sampled"]
+__all__ = ["Geometry", "Panels", "convolve", "lay_out", "multiply", "refill", "sampled"]
 
 
 @dataclass(frozen=True)
@@ -30,6 +32,23 @@ class Panels:
     columns: int
     layout: Tensor
     order: Tensor
+
+
+class Geometry(NamedTuple):
+    """Of a convolution: pairs of height and width."""
+
+    kernel: Sequence[int]
+    stride: Sequence[int]
+    padding: Sequence[int]
+    dilation: Sequence[int]
+
+    def out(self, size: Sequence[int]) -> list[int]:
+        """Height and width of the output for images of this size."""
+        sides = zip(size, self.kernel, self.stride, self.padding, self.dilation, strict=True)
+        return [
+            (side + 2 * padding - dilation * (kernel - 1) - 1) // stride + 1
+            for side, kernel, stride, padding, dilation in sides
+        ]
 
 
 def lay_out(bits: npt.NDArray[np.uint8], rows: int, columns: int, *, transposed: bool = False) -> Panels:
@@ -70,8 +89,30 @@ def refill(order: Tensor, survivors: Tensor) -> Tensor:
 
 
 def multiply(x: Tensor, layout: Tensor, value: Tensor, bias: Tensor | None, rows: int) -> Tensor:
-    """x W^T + bias, by the layout of `lay_out` and its weights of `refill`; the others as in `kernels.multiply`."""
-    return kernels.multiply("hpcprune_spmm", (layout.data_ptr(),), value, x, bias, rows)
+    """x W^T + bias [batch, rows], by the layout of `lay_out` and its weights of `refill`.
+
+    Args:
+        x: [batch, columns], float32 or bfloat16, contiguous. bias: [rows], float32.
+    """
+    y = x.new_empty(x.shape[0], rows)
+    return kernels.multiply("hpcprune_spmm", (layout.data_ptr(),), value, x, x.shape[:1], bias, y)
+
+
+def convolve(x: Tensor, layout: Tensor, value: Tensor, bias: Tensor | None, rows: int, geometry: Geometry) -> Tensor:
+    """The convolution of images with W as its weight [rows, channels * kernel height * kernel width].
+
+    Args:
+        x: [images, channels, height, width], float32 or bfloat16, contiguous. The others as in `multiply`.
+
+    Returns:
+        [images, rows, height, width of the output], of x's dtype.
+    """
+    images, channels, *size = x.shape
+    out = geometry.out(size)
+    pairs = (size, geometry.kernel, geometry.stride, geometry.padding, geometry.dilation, out)
+    sides = (ctypes.c_int64 * 13)(channels, *(side for pair in pairs for side in pair))
+    y = x.new_empty(images, rows, *out)
+    return kernels.multiply("hpcprune_convolution", (layout.data_ptr(),), value, x, (images, sides), bias, y)
 
 
 def sampled(x: Tensor, gradient: Tensor, layout: Tensor, order: Tensor, survivors: int) -> Tensor:

@@ -6,12 +6,13 @@
 //
 // 1. portable: once a round, and a refill is bound by memory
 
+#include "../panels.h"
+
 #include <algorithm>
 #include <cstring>
 #include <numeric>
 #include <vector>
 
-#include "../panels.h"
 #include "../paths.h"
 #include "../vectors.h"
 
@@ -42,7 +43,8 @@ void each_survivor(const uint8_t* bits, int64_t rows, int64_t columns, const Vis
 Lines lines_of(const uint8_t* bits, int64_t rows, int64_t columns, bool transposed) {
   Lines lines;
   lines.first.assign((transposed ? columns : rows) + 1, 0);
-  each_survivor(bits, rows, columns, [&](int64_t row, int64_t column) { ++lines.first[(transposed ? column : row) + 1]; });
+  each_survivor(bits, rows, columns,
+                [&](int64_t row, int64_t column) { ++lines.first[(transposed ? column : row) + 1]; });
   std::partial_sum(lines.first.begin(), lines.first.end(), lines.first.begin());
   lines.where.resize(lines.first.back());
   lines.which.resize(lines.first.back());
@@ -62,7 +64,7 @@ void plan(const uint8_t* bits, bool transposed, Layout& w) {
   std::vector<uint16_t> count(w.panels * padded, 0);
   each_survivor(bits, transposed ? w.columns : w.rows, transposed ? w.rows : w.columns, [&](int64_t r, int64_t c) {
     const int64_t line = transposed ? c : r, place = transposed ? r : c;
-    ++count[place / PANEL * padded + line];
+    ++count[place / w.panel * padded + line];
   });
   w.start[0] = 0;
   for (int64_t p = 0; p < w.panels; ++p)
@@ -72,13 +74,13 @@ void plan(const uint8_t* bits, bool transposed, Layout& w) {
       std::iota(row, row + size, uint8_t(0));
       std::stable_sort(row, row + size, [&](uint8_t a, uint8_t b) { return count[first + a] > count[first + b]; });
       int64_t entries = 0;
-      for (int64_t g = 0; g < size; g += GROUP)
-        entries += w.length[(first + g) / GROUP] = count[first + row[g]];
+      for (int64_t g = 0; g < size; g += GROUP) entries += w.length[(first + g) / GROUP] = count[first + row[g]];
       w.start[p * w.chunks + c + 1] = w.start[p * w.chunks + c] + entries;
     }
 }
 
-// Writes `column`, and which survivor each entry is.
+// Writes the columns, and which survivor each entry is.
+template <class Column>
 void fill(const uint8_t* bits, bool transposed, Layout& w, int32_t* order) {
   const Lines lines = lines_of(bits, transposed ? w.columns : w.rows, transposed ? w.rows : w.columns, transposed);
   std::vector<int64_t> next(lines.first.begin(), lines.first.end());
@@ -92,14 +94,21 @@ void fill(const uint8_t* bits, bool transposed, Layout& w, int32_t* order) {
           int64_t from = line < w.rows ? next[line] : 0;
           const int64_t last = line < w.rows ? lines.first[line + 1] : 0;
           for (int64_t j = 0; j < w.length[g]; ++j) {
-            const bool here = from < last && lines.where[from] / PANEL == p;
-            w.column[at + j * GROUP + i] = here ? static_cast<uint8_t>(lines.where[from] % PANEL) : 0;
+            const bool here = from < last && lines.where[from] / w.panel == p;
+            w.column<Column>()[at + j * GROUP + i] = here ? static_cast<Column>(lines.where[from] % w.panel) : 0;
             order[at + j * GROUP + i] = here ? lines.which[from] : -1;
             from += here;
           }
           if (line < w.rows) next[line] = from;
         }
     }
+}
+
+// Below a thirtieth a row has fewer than 9 of 256 columns, and what a panel costs a row outweighs them.
+int64_t panel_of(const uint8_t* bits, int64_t rows, int64_t columns) {
+  int64_t survivors = 0;
+  each_survivor(bits, rows, columns, [&](int64_t, int64_t) { ++survivors; });
+  return 30 * survivors < rows * columns ? WIDE : NARROW;
 }
 
 }  // namespace
@@ -111,37 +120,46 @@ extern "C" {
 int64_t hpcprune_panels_bytes(const uint8_t* bits, int64_t rows, int64_t columns, int transposed, int64_t* entries) {
   using namespace hpcprune;
   const int64_t lines = transposed ? columns : rows, across = transposed ? rows : columns;
-  std::vector<int64_t> memory(Layout(lines, across, 0, nullptr).bytes() / 8 + 1);
-  Layout w(lines, across, 0, memory.data());
+  const int64_t panel = panel_of(bits, rows, columns);
+  std::vector<int64_t> memory(Layout(lines, across, panel, 0, nullptr).bytes() / 8 + 1);
+  Layout w(lines, across, panel, 0, memory.data());
   plan(bits, transposed, w);
   *entries = w.start[w.panels * w.chunks];
-  return Layout(lines, across, *entries, nullptr).bytes();
+  return Layout(lines, across, panel, *entries, nullptr).bytes();
 }
 
 // Writes the layout, and `order`: which survivor each entry is, -1 for what only fills a group up.
 void hpcprune_panels_fill(const uint8_t* bits, int64_t rows, int64_t columns, int transposed, int64_t entries,
                           void* layout, int32_t* order) {
   using namespace hpcprune;
-  Layout w(transposed ? columns : rows, transposed ? rows : columns, entries, layout);
+  const int64_t panel = panel_of(bits, rows, columns);
+  Layout w(transposed ? columns : rows, transposed ? rows : columns, panel, entries, layout);
   int64_t* head = static_cast<int64_t*>(layout);
-  head[0] = w.rows, head[1] = w.columns, head[2] = entries;
+  head[0] = w.rows, head[1] = w.columns, head[2] = panel, head[3] = entries;
   plan(bits, transposed, w);
-  fill(bits, transposed, w, order);
+  if (panel > NARROW)
+    fill<uint16_t>(bits, transposed, w, order);
+  else
+    fill<uint8_t>(bits, transposed, w, order);
 }
 
 // value[i] = packed[order[i]], or 0 where that is -1; elements of 2 or 4 bytes.
-int hpcprune_panels_refill(const int32_t* order, int64_t length, int bytes, const void* packed, void* value, int threads,
-                           const hpcprune::Pool* pool) {
+int hpcprune_panels_refill(const int32_t* order, int64_t length, int bytes, const void* packed, void* value,
+                           int threads, const hpcprune::Pool* pool) {
   using namespace hpcprune;
   const int64_t runs = std::max<int64_t>(1, std::min<int64_t>(threads, length / LEAST_PER_THREAD));
   const auto refill = [&](auto* to, const auto* from) {
     in_pool(pool, runs, [&](int64_t run) {
-      for (int64_t i = length * run / runs; i < length * (run + 1) / runs; ++i) to[i] = order[i] < 0 ? 0 : from[order[i]];
+      for (int64_t i = length * run / runs; i < length * (run + 1) / runs; ++i)
+        to[i] = order[i] < 0 ? 0 : from[order[i]];
     });
   };
-  if (bytes == 4) refill(static_cast<uint32_t*>(value), static_cast<const uint32_t*>(packed));
-  else if (bytes == 2) refill(static_cast<uint16_t*>(value), static_cast<const uint16_t*>(packed));
-  else return 2;
+  if (bytes == 4)
+    refill(static_cast<uint32_t*>(value), static_cast<const uint32_t*>(packed));
+  else if (bytes == 2)
+    refill(static_cast<uint16_t*>(value), static_cast<const uint16_t*>(packed));
+  else
+    return 2;
   return 0;
 }
 }

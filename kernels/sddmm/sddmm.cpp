@@ -1,8 +1,8 @@
 // The gradient of the surviving weights alone: value[entry of (row, column)] = sum over b of dY[b, row] X[b, column].
 //
 // W is in panels (panels.h) and so is the gradient; `order` says which survivor an entry is. A tile of X and of dY is
-// transposed as in spmm.cpp: four rows of dY stay in registers while the columns of X that they meet pass by, and the four
-// sums of products, of samples that lie side by side, are folded into four numbers at once.
+// transposed as in spmm.cpp: four rows of dY stay in registers while the columns of X that they meet pass by, and the
+// four sums of products, of samples that lie side by side, are folded into four numbers at once.
 //
 //   g++ -O3 -std=c++17 -ffp-contract=fast -shared -fPIC -pthread kernels/*/*.cpp
 //
@@ -33,7 +33,7 @@ constexpr int64_t LARGEST_TILE = 64;  // samples
 namespace hpcprune {
 namespace {
 
-template <class Element>
+template <class Column, class Element>
 int sddmm(int path, const Layout& w, const int32_t* order, const Element* x, const Element* dy, int64_t batch,
           float* packed, int threads, const Pool* pool) {
   const int64_t runs = std::max<int64_t>(1, std::min<int64_t>(threads, w.chunks));
@@ -41,8 +41,9 @@ int sddmm(int path, const Layout& w, const int32_t* order, const Element* x, con
   int64_t most = 0;
   for (int64_t run = 0; run < runs; ++run) most = std::max(most, cuts[run + 1] - cuts[run]);
   const int64_t entries = w.entries * GROUP;
-  const int64_t length = LARGEST_TILE * (PANEL + most * CHUNK);
-  float* scratch = static_cast<float*>(std::aligned_alloc(64, (runs * length + (entries + 15) / 16 * 16) * sizeof(float)));
+  const int64_t length = LARGEST_TILE * (w.panel + most * CHUNK);
+  float* scratch =
+      static_cast<float*>(std::aligned_alloc(64, (runs * length + (entries + 15) / 16 * 16) * sizeof(float)));
   if (!scratch) return 1;
   float* value = scratch + runs * length;
   in_pool(pool, runs, [&](int64_t run) {
@@ -50,11 +51,13 @@ int sddmm(int path, const Layout& w, const int32_t* order, const Element* x, con
     const int64_t first = cuts[run], last = cuts[run + 1];
     if (first == last) return;
 #if defined(__x86_64__)
-    if (path == WITH_AVX512) avx512::product(w, first, last, x, dy, batch, own, value);
-    else if (path == WITH_AVX2) avx2::product(w, first, last, x, dy, batch, own, value);
+    if (path == WITH_AVX512)
+      avx512::product<Column>(w, first, last, x, dy, batch, own, value);
+    else if (path == WITH_AVX2)
+      avx2::product<Column>(w, first, last, x, dy, batch, own, value);
     else
 #endif
-      portable::product(w, first, last, x, dy, batch, own, value);
+      portable::product<Column>(w, first, last, x, dy, batch, own, value);
     for (int64_t p = 0; p < w.panels; ++p) {
       const int64_t stop = w.start[p * w.chunks + last] * GROUP;
       for (int64_t i = w.start[p * w.chunks + first] * GROUP; i < stop; ++i)
@@ -75,9 +78,11 @@ int hpcprune_sddmm(int path, int half, const void* layout, const int32_t* order,
                    int64_t batch, float* packed, int threads, const hpcprune::Pool* pool) {
   using namespace hpcprune;
   const Layout w(layout);
-  if (half)
-    return sddmm(path, w, order, static_cast<const bfloat16*>(x), static_cast<const bfloat16*>(dy), batch, packed, threads,
-                 pool);
-  return sddmm(path, w, order, static_cast<const float*>(x), static_cast<const float*>(dy), batch, packed, threads, pool);
+  const auto run = [&](const auto* from, const auto* gradient) {
+    return w.panel > NARROW ? sddmm<uint16_t>(path, w, order, from, gradient, batch, packed, threads, pool)
+                            : sddmm<uint8_t>(path, w, order, from, gradient, batch, packed, threads, pool);
+  };
+  return half ? run(static_cast<const bfloat16*>(x), static_cast<const bfloat16*>(dy))
+              : run(static_cast<const float*>(x), static_cast<const float*>(dy));
 }
 }

@@ -24,8 +24,8 @@ INLINE Float4 sums(const Vector* each) {
 }
 
 // Adds to `length` entries of four rows the products of COUNT vectors of samples.
-template <class Vector, int COUNT>
-INLINE void four_rows(const uint8_t* column, int64_t length, const float* x, const float* const rows[4], float* value) {
+template <class Vector, int COUNT, class Column>
+INLINE void four_rows(const Column* column, int64_t length, const float* x, const float* const rows[4], float* value) {
   constexpr int WIDTH = sizeof(Vector) / sizeof(float), SAMPLES = WIDTH * COUNT;
   Vector row[GROUP][COUNT];
   for (int i = 0; i < GROUP; ++i)
@@ -42,18 +42,18 @@ INLINE void four_rows(const uint8_t* column, int64_t length, const float* x, con
 }
 
 // A tile: up to SAMPLES samples, the rows of chunks [first, last).
-template <class Vector, int COUNT, class Element>
-inline void tile(const Layout& w, int64_t first, int64_t last, const Element* x, const Element* dy,
-                 int64_t samples, float* panel, float* lines, float* value) {
+template <class Vector, int COUNT, class Column>
+void tile(const Layout& w, int64_t first, int64_t last, Pack pack_x, const void* x, const void* dy, int64_t samples,
+          float* panel, float* lines, float* value) {
   constexpr int SAMPLES = sizeof(Vector) / sizeof(float) * COUNT;
   const int64_t rows = std::min(last * CHUNK, w.rows) - first * CHUNK;
   const int64_t padded = (rows + GROUP - 1) / GROUP * GROUP, clean = samples < SAMPLES ? 0 : rows;
   std::fill_n(lines + clean * SAMPLES, (padded - clean) * SAMPLES, 0.0f);
-  transpose(dy + first * CHUNK, w.rows, samples, rows, lines, SAMPLES);
+  pack_x(dy, first * CHUNK, w.rows, samples, rows, lines, SAMPLES);
   for (int64_t p = 0; p < w.panels; ++p) {
-    const int64_t start = p * PANEL, columns = std::min(PANEL, w.columns - start);
+    const int64_t start = p * w.panel, columns = std::min(w.panel, w.columns - start);
     if (samples < SAMPLES) std::fill_n(panel, columns * SAMPLES, 0.0f);
-    transpose(x + start, w.columns, samples, columns, panel, SAMPLES);
+    pack_x(x, start, w.columns, samples, columns, panel, SAMPLES);
     for (int64_t c = first; c < last; ++c) {
       int64_t at = w.start[p * w.chunks + c] * GROUP;
       const float* base = lines + (c - first) * CHUNK * SAMPLES;
@@ -62,7 +62,7 @@ inline void tile(const Layout& w, int64_t first, int64_t last, const Element* x,
         const uint8_t* row = w.row + g * GROUP;
         const float* const from[4] = {base + row[0] * SAMPLES, base + row[1] * SAMPLES, base + row[2] * SAMPLES,
                                       base + row[3] * SAMPLES};
-        four_rows<Vector, COUNT>(w.column + at, w.length[g], panel, from, value + at);
+        four_rows<Vector, COUNT>(w.column<Column>() + at, w.length[g], panel, from, value + at);
         at += w.length[g] * GROUP;
       }
     }
@@ -70,20 +70,21 @@ inline void tile(const Layout& w, int64_t first, int64_t last, const Element* x,
 }
 
 // The entries of chunks [first, last), summed over the batch.
-template <class Element>
-inline void product(const Layout& w, int64_t first, int64_t last, const Element* x, const Element* dy,
-                    int64_t batch, float* scratch, float* value) {
+template <class Column, class Element>
+inline void product(const Layout& w, int64_t first, int64_t last, const Element* x, const Element* dy, int64_t batch,
+                    float* scratch, float* value) {
   for (int64_t p = 0; p < w.panels; ++p) {
     const int64_t from = w.start[p * w.chunks + first], to = w.start[p * w.chunks + last];
     std::fill_n(value + from * GROUP, (to - from) * GROUP, 0.0f);
   }
-  float* lines = scratch + LARGEST_TILE * PANEL;
+  float* lines = scratch + LARGEST_TILE * w.panel;
   for (int64_t s = 0; s < batch;) {
     const int64_t left = batch - s;
     const Element *own_x = x + s * w.columns, *own_dy = dy + s * w.rows;
 #if LANES == 16
     if (left > 32) {
-      tile<Float16, 4>(w, first, last, own_x, own_dy, std::min<int64_t>(left, 64), scratch, lines, value);
+      tile<Float16, 4, Column>(w, first, last, pack<Element>, own_x, own_dy, std::min<int64_t>(left, 64), scratch,
+                               lines, value);
       s += 64;
       continue;
     }
@@ -93,7 +94,8 @@ inline void product(const Layout& w, int64_t first, int64_t last, const Element*
 #else
     typedef Float4 Widest;
 #endif
-    tile<Widest, 2>(w, first, last, own_x, own_dy, std::min<int64_t>(left, 2 * LANES), scratch, lines, value);
+    tile<Widest, 2, Column>(w, first, last, pack<Element>, own_x, own_dy, std::min<int64_t>(left, 2 * LANES), scratch,
+                            lines, value);
     s += 2 * LANES;
   }
 }

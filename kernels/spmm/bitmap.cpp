@@ -1,9 +1,9 @@
 // Y = X W^T + bias for a pruned W as its mask and its survivors in a row, sample by sample.
 //
-// At 50 to 80 % an index for each survivor costs as much as the zeros would. The mask's own bits cost 1 bit a weight, and
-// the survivors lie as they are packed everywhere else, so there is nothing to lay out. Sixteen survivors are loaded at
-// once and spread to where the mask's next 16 bits have ones. A weight is used once for each sample, so this is for one
-// sample or a few; memory read falls with the density.
+// At 50 to 80 % an index for each survivor costs as much as the zeros would. The mask's own bits cost 1 bit a weight,
+// and the survivors lie as they are packed everywhere else, so there is nothing to lay out. Sixteen survivors are
+// loaded at once and spread to where the mask's next 16 bits have ones. A weight is used once for each sample, so this
+// is for one sample or a few; memory read falls with the density.
 //
 //   g++ -O3 -std=c++17 -ffp-contract=fast -shared -fPIC -pthread kernels/*/*.cpp
 //

@@ -8,7 +8,8 @@ INLINE Float16 expand(const float* value, uint32_t mask) {
 
 INLINE Float16 expand(const bfloat16* value, uint32_t mask) {
   const __m512i wide = _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(value)));
-  return Float16(_mm512_castsi512_ps(_mm512_maskz_expand_epi32(static_cast<__mmask16>(mask), _mm512_slli_epi32(wide, 16))));
+  return Float16(
+      _mm512_castsi512_ps(_mm512_maskz_expand_epi32(static_cast<__mmask16>(mask), _mm512_slli_epi32(wide, 16))));
 }
 
 #else

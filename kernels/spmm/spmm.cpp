@@ -1,10 +1,11 @@
-// Y = X W^T + bias for a pruned W in panels (panels.h): X is [batch, columns] and Y [batch, rows], as F.linear has them.
+// Y = X W^T + bias for a pruned W in panels (panels.h): X is [batch, columns] and Y [batch, rows], as F.linear has
+// them.
 //
-// A tile of X, one panel wide, is transposed into a buffer that fits the L1 cache, so that a weight is one broadcast and
-// vectors of samples that lie together; the tile's sums stay in the L2 cache over all panels and are transposed back at
-// the end. The fewer samples there are, the narrower the tile: 32, 16, 8, 4 samples, or one. An element of Y is the same
-// chain of sums, in the order of the columns, whatever the tile and the number of threads: a sample's result does not
-// depend on the batch that it came with.
+// A tile of X, one panel wide, is transposed into a buffer that fits the L1 cache, so that a weight is one broadcast
+// and vectors of samples that lie together; the tile's sums stay in the L2 cache over all panels and are transposed
+// back at the end. The fewer samples there are, the narrower the tile: 32, 16, 8, 4 samples, or one. An element of Y is
+// the same chain of sums, in the order of the columns, whatever the tile and the number of threads: a sample's result
+// does not depend on the batch that it came with.
 //
 //   g++ -O3 -std=c++17 -ffp-contract=fast -shared -fPIC -pthread kernels/*/*.cpp
 //
@@ -17,16 +18,17 @@
 #include <type_traits>
 #include <vector>
 
+#include "../panels.h"
 #include "../paths.h"
 #include "../vectors.h"
-#include "../panels.h"
+#include "operands.h"
 
 namespace hpcprune {
 namespace {
 
-// A part of the work: samples from `sample` on, at most `width` of them, and the rows of chunks [first, last).
+// A part of the work: samples of an image from `sample` on, at most `width`, and the rows of chunks [first, last).
 struct Part {
-  int64_t sample, samples, width, first, last;
+  int64_t image, sample, samples, width, first, last;
 };
 
 }  // namespace
@@ -57,15 +59,16 @@ int64_t parts_of_a_tile(int64_t tiles, int64_t threads, int64_t chunks) {
   return parts;
 }
 
-template <class Value, class Element>
-int spmm(int path, const Layout& w, const Value* value, const Element* x, int64_t batch, const float* bias, Element* y, int threads,
-         const Pool* pool) {
+template <class Column, class Value, class Operand>
+int spmm(int path, const Layout& w, const Value* value, const Operand& operand, int64_t images, int64_t samples,
+         const float* bias, int threads, const Pool* pool) {
   std::vector<Part> tiles, parts;
-  for (int64_t sample = 0; sample < batch;) {
-    const int64_t width = tile_width(path, batch - sample);
-    tiles.push_back({sample, std::min(width, batch - sample), width, 0, w.chunks});
-    sample += tiles.back().samples;
-  }
+  for (int64_t image = 0; image < images; ++image)
+    for (int64_t sample = 0; sample < samples;) {
+      const int64_t width = tile_width(path, samples - sample);
+      tiles.push_back({image, sample, std::min(width, samples - sample), width, 0, w.chunks});
+      sample += tiles.back().samples;
+    }
   // Blocks of rows whose sums fit the L2 cache.
   const int64_t blocks = (w.chunks + 63) / 64;
   const std::vector<int64_t> cuts =
@@ -76,27 +79,36 @@ int spmm(int path, const Layout& w, const Value* value, const Element* x, int64_
     for (size_t i = 0; i + 1 < cuts.size(); ++i) {
       if (cuts[i] == cuts[i + 1]) continue;
       most = std::max(most, cuts[i + 1] - cuts[i]);
-      parts.push_back({whole.sample, whole.samples, whole.width, cuts[i], cuts[i + 1]});
+      parts.push_back({whole.image, whole.sample, whole.samples, whole.width, cuts[i], cuts[i + 1]});
     }
   }
   const int64_t runs = std::min<int64_t>(std::max(1, threads), parts.size());
   if (runs == 0) return 0;
-  const size_t length = (std::max(widest * PANEL, w.columns) + most * CHUNK * widest + 15) / 16 * 16;
+  const size_t length = (std::max(widest * w.panel, w.columns) + most * CHUNK * widest + 15) / 16 * 16;
   float* scratch = static_cast<float*>(std::aligned_alloc(64, runs * length * sizeof(float)));
   if (!scratch) return 1;
   in_pool(pool, runs, [&](int64_t run) {
     for (size_t i = run; i < parts.size(); i += runs) {
       float* own = scratch + run * length;
 #if defined(__x86_64__)
-      if (path == WITH_AVX512) avx512::product(w, value, x, bias, y, parts[i], own);
-      else if (path == WITH_AVX2) avx2::product(w, value, x, bias, y, parts[i], own);
+      if (path == WITH_AVX512)
+        avx512::product<Column>(w, value, operand, bias, parts[i], own);
+      else if (path == WITH_AVX2)
+        avx2::product<Column>(w, value, operand, bias, parts[i], own);
       else
 #endif
-        portable::product(w, value, x, bias, y, parts[i], own);
+        portable::product<Column>(w, value, operand, bias, parts[i], own);
     }
   });
   std::free(scratch);
   return 0;
+}
+
+template <class Value, class Operand>
+int spmm(int path, const Layout& w, const Value* value, const Operand& operand, int64_t images, int64_t samples,
+         const float* bias, int threads, const Pool* pool) {
+  return w.panel > NARROW ? spmm<uint16_t>(path, w, value, operand, images, samples, bias, threads, pool)
+                          : spmm<uint8_t>(path, w, value, operand, images, samples, bias, threads, pool);
 }
 
 }  // namespace
@@ -111,7 +123,19 @@ int hpcprune_spmm(int path, int kind, const void* layout, const void* value, con
   using namespace hpcprune;
   const Layout w(layout);
   return with_types(kind, value, x, y, [&](const auto* weights, const auto* from, auto* to) {
-    return spmm(path, w, weights, from, batch, bias, to, threads, pool);
+    return spmm(path, w, weights, Rows{from, to, w.columns, w.rows}, 1, batch, bias, threads, pool);
+  });
+}
+
+// A convolution of images. `shape` is channels, then height and width of the image, the kernel, the stride, the
+// padding, the dilation and the output.
+int hpcprune_convolution(int path, int kind, const void* layout, const void* value, const void* x, int64_t count,
+                         const int64_t* shape, const float* bias, void* y, int threads, const hpcprune::Pool* pool) {
+  using namespace hpcprune;
+  const Layout w(layout);
+  return with_types(kind, value, x, y, [&](const auto* weights, const auto* from, auto* to) {
+    const Images images{from, to, w.rows, shape};
+    return spmm(path, w, weights, images, count, images.out[0] * images.out[1], bias, threads, pool);
   });
 }
 }

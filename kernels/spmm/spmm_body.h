@@ -1,10 +1,10 @@
 // The products of spmm.cpp for one path; see each_path.h.
 
-#include "../transpose_body.h"
+#include "operands_body.h"
 
 // Four rows of a panel, `length` entries each, on COUNT vectors of samples.
-template <class Vector, int COUNT, class Value>
-INLINE void four_rows(const uint8_t* column, const Value* value, int64_t length, const float* x, float* const sums[4]) {
+template <class Vector, int COUNT, class Column, class Value>
+INLINE void four_rows(const Column* column, const Value* value, int64_t length, const float* x, float* const sums[4]) {
   constexpr int WIDTH = sizeof(Vector) / sizeof(float), SAMPLES = WIDTH * COUNT;
   Vector sum[GROUP][COUNT];
   for (int i = 0; i < GROUP; ++i)
@@ -20,24 +20,24 @@ INLINE void four_rows(const uint8_t* column, const Value* value, int64_t length,
 }
 
 // A tile: up to SAMPLES samples, the rows of chunks [first, last).
-template <class Vector, int COUNT, class Value, class Element>
-inline void tile(const Layout& w, const Value* value, int64_t first, int64_t last, const Element* x, int64_t samples,
-                 float* panel, float* sums) {
+template <class Vector, int COUNT, class Column, class Value>
+void tile(const Layout& w, const Value* value, const Part& part, Read read_x, const void* operand, float* panel,
+          float* sums) {
   constexpr int SAMPLES = sizeof(Vector) / sizeof(float) * COUNT;
   for (int64_t p = 0; p < w.panels; ++p) {
-    const int64_t start = p * PANEL;
-    const int64_t columns = std::min(PANEL, w.columns - start);
-    if (samples < SAMPLES) std::fill_n(panel, columns * SAMPLES, 0.0f);
-    transpose(x + start, w.columns, samples, columns, panel, SAMPLES);
-    for (int64_t c = first; c < last; ++c) {
+    const int64_t start = p * w.panel;
+    const int64_t columns = std::min(w.panel, w.columns - start);
+    if (part.samples < SAMPLES) std::fill_n(panel, columns * SAMPLES, 0.0f);
+    read_x(operand, part.image, part.sample, part.samples, start, columns, panel, SAMPLES);
+    for (int64_t c = part.first; c < part.last; ++c) {
       int64_t at = w.start[p * w.chunks + c] * GROUP;
-      float* base = sums + (c - first) * CHUNK * SAMPLES;
+      float* base = sums + (c - part.first) * CHUNK * SAMPLES;
       const int64_t stop = w.last_group(p, c);
       for (int64_t g = w.first_group(p, c); g < stop; ++g) {
         const uint8_t* row = w.row + g * GROUP;
         float* const to[4] = {base + row[0] * SAMPLES, base + row[1] * SAMPLES, base + row[2] * SAMPLES,
                               base + row[3] * SAMPLES};
-        four_rows<Vector, COUNT>(w.column + at, value + at, w.length[g], panel, to);
+        four_rows<Vector, COUNT>(w.column<Column>() + at, value + at, w.length[g], panel, to);
         at += w.length[g] * GROUP;
       }
     }
@@ -45,24 +45,24 @@ inline void tile(const Layout& w, const Value* value, int64_t first, int64_t las
 }
 
 // One sample: the lanes are the four rows of a group; two groups at once, for their latency.
-template <class Value>
-INLINE Float4 entry(const uint8_t* column, const Value* value, const float* x, Float4 sum) {
+template <class Column, class Value>
+INLINE Float4 entry(const Column* column, const Value* value, const float* x, Float4 sum) {
   return load4(value) * Float4{x[column[0]], x[column[1]], x[column[2]], x[column[3]]} + sum;
 }
 
-template <class Value>
+template <class Column, class Value>
 inline void single(const Layout& w, const Value* weights, int64_t first, int64_t last, const float* x, float* sums) {
-  for (int64_t p = 0; p < w.panels; ++p, x += PANEL)
+  for (int64_t p = 0; p < w.panels; ++p, x += w.panel)
     for (int64_t c = first; c < last; ++c) {
       const int64_t at = w.start[p * w.chunks + c] * GROUP, stop = w.last_group(p, c);
-      const uint8_t* column = w.column + at;
+      const Column* column = w.column<Column>() + at;
       const Value* value = weights + at;
       float* to = sums + (c - first) * CHUNK;
       for (int64_t g = w.first_group(p, c); g < stop; g += 2) {
         const bool pair = g + 1 < stop;
         const uint8_t* row = w.row + g * GROUP;
         const int64_t longer = w.length[g], shorter = pair ? w.length[g + 1] : 0;
-        const uint8_t* column1 = column + longer * GROUP;
+        const Column* column1 = column + longer * GROUP;
         const Value* value1 = value + longer * GROUP;
         Float4 sum = {to[row[0]], to[row[1]], to[row[2]], to[row[3]]}, sum1 = {0, 0, 0, 0};
         if (pair) sum1 = Float4{to[row[4]], to[row[5]], to[row[6]], to[row[7]]};
@@ -81,33 +81,46 @@ inline void single(const Layout& w, const Value* weights, int64_t first, int64_t
     }
 }
 
-template <class Value, class Element>
-inline void product(const Layout& w, const Value* value, const Element* x, const float* bias, Element* y, const Part& part,
+template <class Column, class Value, class Operand>
+inline void product(const Layout& w, const Value* value, const Operand& operand, const float* bias, const Part& part,
                     float* scratch) {
   const int64_t rows = std::min(part.last * CHUNK, w.rows) - part.first * CHUNK;
   const int64_t padded = (rows + GROUP - 1) / GROUP * GROUP, row = part.first * CHUNK;
   float* panel = scratch;
-  float* sums = scratch + (part.width == 1 ? w.columns : part.width * PANEL);
+  float* sums = scratch + (part.width == 1 ? w.columns : part.width * w.panel);
   for (int64_t r = 0; r < padded; ++r)
     for (int64_t s = 0; s < part.width; ++s) sums[r * part.width + s] = bias && r < rows ? bias[row + r] : 0.0f;
-  x += part.sample * w.columns;
-  y += part.sample * w.rows + row;
-#define TILE(SAMPLES, VECTOR)                                                            \
-  tile<VECTOR, SAMPLES * sizeof(float) / sizeof(VECTOR)>(w, value, part.first, part.last, x, part.samples, panel, sums); \
-  transpose(sums, SAMPLES, rows, part.samples, y, w.rows)
+#define TILE(VECTOR, COUNT) tile<VECTOR, COUNT, Column>(w, value, part, read_any<Operand>, &operand, panel, sums)
+  switch (part.width) {
 #if LANES == 16
-  if (part.width == 32) { TILE(32, Float16); return; }
-  if (part.width == 16) { TILE(16, Float16); return; }
-  if (part.width == 8) { TILE(8, Float8); return; }
+    case 32:
+      TILE(Float16, 2);
+      break;
+    case 16:
+      TILE(Float16, 1);
+      break;
+    case 8:
+      TILE(Float8, 1);
+      break;
 #elif LANES == 8
-  if (part.width == 16) { TILE(16, Float8); return; }
-  if (part.width == 8) { TILE(8, Float8); return; }
+    case 16:
+      TILE(Float8, 2);
+      break;
+    case 8:
+      TILE(Float8, 1);
+      break;
 #else
-  if (part.width == 8) { TILE(8, Float4); return; }
+    case 8:
+      TILE(Float4, 2);
+      break;
 #endif
-  if (part.width == 4) { TILE(4, Float4); return; }
+    case 4:
+      TILE(Float4, 1);
+      break;
+    default:
+      read(operand, part.image, part.sample, 1, 0, w.columns, panel, 1);
+      single<Column>(w, value, part.first, part.last, panel, sums);
+  }
 #undef TILE
-  for (int64_t k = 0; k < w.columns; ++k) panel[k] = widen(x[k]);
-  single(w, value, part.first, part.last, panel, sums);
-  for (int64_t r = 0; r < rows; ++r) narrow(sums[r], y + r);
+  write(operand, part.image, part.sample, part.samples, row, rows, sums, part.width);
 }

@@ -6,7 +6,8 @@
 //
 // Scores are compared as integer keys, made in registers and never stored for the whole array. A float's bits without
 // the sign order its magnitude; negated where the sign is set they order the float itself, and -0 equals +0. NaN has a
-// magnitude above infinity's: it is noticed here and counted by the caller. float16 and bfloat16 differ in infinity only.
+// magnitude above infinity's: it is noticed here and counted by the caller. float16 and bfloat16 differ in infinity
+// only.
 //
 //   g++ -O3 -std=c++17 -shared -fPIC -pthread kernels/*/*.cpp
 //
@@ -374,8 +375,7 @@ void histogram_all(const Arrays& arrays, Key lo, Key hi, int shift, int64_t bins
 // counted. So where only some ties go, several runs first keep them all and note where they are: a few are cleared
 // afterwards, and for many the runs are packed again, each from where its own cut begins.
 template <class Key, View VIEW>
-int64_t pack_all(int path, const Arrays& arrays, Key threshold, int64_t first_cut, uint8_t* const* masks,
-                 int threads) {
+int64_t pack_all(int path, const Arrays& arrays, Key threshold, int64_t first_cut, uint8_t* const* masks, int threads) {
   const auto runs = cut(arrays.lengths, arrays.count, threads);
   const auto pack = pack_on<Key, VIEW>(path);
   std::vector<int64_t> left(runs.size());
@@ -413,20 +413,31 @@ int64_t pack_all(int path, const Arrays& arrays, Key threshold, int64_t first_cu
 template <class Work, View VIEW>
 bool with_key(int bits, const Work& work, std::integral_constant<View, VIEW> view) {
   switch (bits) {
-    case 16: work(int16_t(), view); return true;
-    case 32: work(int32_t(), view); return true;
-    case 64: work(int64_t(), view); return true;
-    default: return false;
+    case 16:
+      work(int16_t(), view);
+      return true;
+    case 32:
+      work(int32_t(), view);
+      return true;
+    case 64:
+      work(int64_t(), view);
+      return true;
+    default:
+      return false;
   }
 }
 
 template <class Work>
 bool with_types(int bits, int view, const Work& work) {
   switch (view) {
-    case SIGNED: return with_key(bits, work, std::integral_constant<View, SIGNED>());
-    case ABSOLUTE: return with_key(bits, work, std::integral_constant<View, ABSOLUTE>());
-    case KEYS: return with_key(bits, work, std::integral_constant<View, KEYS>());
-    default: return false;
+    case SIGNED:
+      return with_key(bits, work, std::integral_constant<View, SIGNED>());
+    case ABSOLUTE:
+      return with_key(bits, work, std::integral_constant<View, ABSOLUTE>());
+    case KEYS:
+      return with_key(bits, work, std::integral_constant<View, KEYS>());
+    default:
+      return false;
   }
 }
 
@@ -456,9 +467,9 @@ int hpcprune_best_path() {
 
 // counts[0 ... 5): below lo, at lo, strictly between, at hi (0 if hi == lo), and 1 if there is a NaN (then the rest
 // means nothing). Keys between, at most `capacity` of them and in no particular order, go to `candidates`.
-int hpcprune_count_around(int path, int bits, int view, const void* const* data, const int64_t* lengths,
-                          int64_t count, int64_t lo, int64_t hi, int64_t infinity, void* candidates,
-                          int64_t capacity, int64_t* counts, int threads) {
+int hpcprune_count_around(int path, int bits, int view, const void* const* data, const int64_t* lengths, int64_t count,
+                          int64_t lo, int64_t hi, int64_t infinity, void* candidates, int64_t capacity, int64_t* counts,
+                          int threads) {
   return !with_types(bits, view, [&](auto key, auto kind) {
     using Key = decltype(key);
     Candidates<Key> all{static_cast<Key*>(candidates), capacity};
@@ -473,13 +484,13 @@ int hpcprune_count_around(int path, int bits, int view, const void* const* data,
 }
 
 // histogram[0 ... bins): keys in lo <= key <= hi by (key - lo) >> shift; (hi - lo) >> shift must be less than bins.
-int hpcprune_histogram(int bits, int view, const void* const* data, const int64_t* lengths, int64_t count,
-                       int64_t lo, int64_t hi, int shift, int64_t bins, int64_t* histogram, int threads) {
+int hpcprune_histogram(int bits, int view, const void* const* data, const int64_t* lengths, int64_t count, int64_t lo,
+                       int64_t hi, int shift, int64_t bins, int64_t* histogram, int threads) {
   std::fill(histogram, histogram + bins, 0);
   return !with_types(bits, view, [&](auto key, auto kind) {
     using Key = decltype(key);
-    histogram_all<Key, decltype(kind)::value>({data, lengths, count}, static_cast<Key>(lo), static_cast<Key>(hi),
-                                              shift, bins, histogram, threads);
+    histogram_all<Key, decltype(kind)::value>({data, lengths, count}, static_cast<Key>(lo), static_cast<Key>(hi), shift,
+                                              bins, histogram, threads);
   });
 }
 

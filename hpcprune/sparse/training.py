@@ -1,0 +1,113 @@
+"""Retraining with sparse layers: forward, the input's gradient and the survivors' own, all without dense work.
+
+A layer keeps its dense parameter, under its name, for checkpoints and evaluations; while it trains sparse it computes
+with its part of the packed vector of survivors instead, which the optimizer steps on. So nothing is gathered from a
+dense gradient, and nothing is scattered into a dense weight, until someone wants to see it.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Collection
+from functools import partial
+from typing import TypeGuard
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from hpcprune.masks import Masks
+from hpcprune.packing import Bits, Packed
+from hpcprune.sparse.choose import time_in_turns, watched_inputs
+from hpcprune.sparse.kernels import FLOATS, SparseError, kernels
+from hpcprune.sparse.ops import survivors_linear
+from hpcprune.sparse.panels import Panels, lay_out
+from hpcprune.survivors import Survivors
+
+__all__ = ["SparseTraining", "faster_layers"]
+
+MARGIN = 0.9  # of the dense layer's time, below which sparse counts as faster
+
+
+class SparseTraining:
+    """The layers of a model that compute with `survivors`' leaves, until `close`."""
+
+    def __init__(self, model: nn.Module, survivors: Survivors) -> None:
+        self._layers: list[nn.Module] = []
+        for segment in survivors:
+            if segment.leaf is not None:
+                layer = model.get_submodule(segment.name.rpartition(".")[0])
+                assert isinstance(layer, nn.Linear) and isinstance(segment.packing, Packed)
+                layouts = _layouts(segment.packing.bits, layer)
+                vars(layer)["forward"] = partial(_product, segment.leaf, layer.bias, *layouts)
+                self._layers.append(layer)
+
+    def close(self) -> None:
+        """The layers compute with their dense parameters again, which are to be unpacked before."""
+        for layer in self._layers:
+            del vars(layer)["forward"]
+        self._layers = []
+
+
+def _layouts(bits: Bits, layer: nn.Linear) -> tuple[Panels, Panels]:
+    rows, columns = layer.weight.shape
+    return lay_out(bits, rows, columns), lay_out(bits, rows, columns, transposed=True)
+
+
+def _product(survivors: Tensor, bias: Tensor | None, own: Panels, across: Panels, x: Tensor) -> Tensor:
+    if torch.is_autocast_enabled("cpu"):
+        x = x.to(torch.get_autocast_dtype("cpu"))
+    layouts = (own.layout, own.order, across.layout, across.order)
+    product: Tensor = survivors_linear(x, survivors, bias, *layouts, own.rows)
+    return product
+
+
+def faster_layers(model: nn.Module, masks: Masks, step: Callable[[], object]) -> list[str]:
+    """The parameters of pruned Linear layers that train faster sparse, each by itself, forward and backward.
+
+    Args:
+        step: runs the model forward (and backward, if it likes) on what training will give it; called once in any case.
+    """
+    holders = Counter(id(parameter) for _, parameter in model.named_parameters(remove_duplicate=False))
+    layers = {
+        f"{name}.weight": module
+        for name, module in model.named_modules()
+        if f"{name}.weight" in masks and _can_be_sparse(module) and holders[id(module.weight)] == 1
+    }
+    inputs = watched_inputs(layers, step)
+    try:
+        kernels()
+    except SparseError:
+        return []
+    return [name for name, layer in layers.items() if inputs[name] and _faster(layer, masks, name, inputs[name])]
+
+
+def _can_be_sparse(module: nn.Module) -> TypeGuard[nn.Linear]:
+    return (
+        type(module) is nn.Linear
+        and module.weight.requires_grad
+        and module.weight.device.type == "cpu"
+        and module.weight.dtype in FLOATS
+    )
+
+
+def _faster(layer: nn.Linear, masks: Masks, name: str, calls: Collection[Tensor]) -> bool:
+    weight = layer.weight.detach().requires_grad_()
+    survivors = weight.detach().flatten()[masks[name].flatten()].requires_grad_()
+    bias = None if layer.bias is None else layer.bias.detach().requires_grad_()
+    product = partial(_product, survivors, bias, *_layouts(masks.bits(name), layer))
+
+    def dense() -> None:
+        for call in calls:
+            _there_and_back(functional.linear(call.requires_grad_(), weight, bias))
+
+    def sparse() -> None:
+        for call in calls:
+            _there_and_back(product(call.requires_grad_()))
+
+    dense_seconds, sparse_seconds = time_in_turns(dense, sparse)
+    return sparse_seconds < MARGIN * dense_seconds
+
+
+def _there_and_back(product: Tensor) -> None:
+    product.backward(torch.ones_like(product))  # type: ignore[no-untyped-call]

@@ -1,0 +1,55 @@
+"""Whole runs whose layers train sparse."""
+
+from __future__ import annotations
+
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+
+from hpcprune.checkpoint import read_model
+from tests.conftest import Launch
+from tests.mpi.test_run import JOB, PACK, assert_same_weights
+
+# The clock says that sparse layers are faster.
+PATCH = """
+from hpcprune import breakeven
+from hpcprune.sparse import training
+
+training.time_in_turns = lambda dense, sparse: (1.0, 0.5)
+seconds = iter([2.0, 1.0] * 9)
+breakeven._fastest = lambda trainer: (trainer.close(), next(seconds))[1]
+"""
+
+
+@pytest.fixture
+def job(tmp_path: Path) -> Path:
+    folder = tmp_path / "job"
+    shutil.copytree(JOB.parent, folder)
+    with (folder / "task.py").open("a") as task:
+        task.write(PATCH)
+    return folder / "job.yaml"
+
+
+@pytest.mark.parametrize("step", [55, 85])
+def test_a_run_with_sparse_layers_goes_on_bit_for_bit(mpirun: Launch, tmp_path: Path, job: Path, step: int) -> None:
+    command = ("hpcprune", "run", job, PACK, "retrain.sparse=auto", "--out")
+    whole = mpirun(2, *command, tmp_path / "whole", timeout=120)
+    assert whole.returncode == 0, whole.stderr
+    said = "3 of 3 layers train sparse: a step takes 1000.0 ms so and 2000.0 ms dense"
+    assert re.findall(rf"round (\d)/2: {said}", whole.stdout) == ["1", "2"]
+    killed = mpirun(2, *command, tmp_path / "cut", timeout=120, env={"TINY": f"kill:1:{step}"})
+    assert killed.returncode != 0
+    again = mpirun(2, *command, tmp_path / "cut", timeout=120)
+    assert again.returncode == 0, again.stderr
+    state = read_model(tmp_path / "whole/model.h5")
+    assert_same_weights(read_model(tmp_path / "cut/model.h5"), state)
+    assert state.about["history"][-1]["metrics"]["accuracy"] > 0.9
+    checked = mpirun(1, "hpcprune", "check", tmp_path / "cut", timeout=60)
+    assert checked.returncode == 0, checked.stdout
+
+
+def test_layers_train_dense_unless_they_are_asked_for(mpirun: Launch, tmp_path: Path, job: Path) -> None:
+    done = mpirun(2, "hpcprune", "run", job, PACK, "--out", tmp_path / "run", timeout=120)
+    assert done.returncode == 0 and "layers train" not in done.stdout

@@ -1,0 +1,176 @@
+"""Retraining with sparse layers: the steps are those of dense layers, but for the order of sums."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import hpcprune
+from hpcprune import breakeven
+from hpcprune.breakeven import sparse_layers
+from hpcprune.errors import TaskError
+from hpcprune.ledger import Ledger
+from hpcprune.masks import Masks
+from hpcprune.sparse import training
+from hpcprune.sparse.training import faster_layers
+from hpcprune.survivors import Survivors
+from hpcprune.train import Trainer
+from hpcprune.world import World
+from tests.training import Begun, Small, begin
+
+NAMES = ["0.weight", "2.weight"]
+
+
+class Single(Small):
+    """In float32, which sparse products take."""
+
+    def model(self) -> nn.Module:
+        return super().model().float()
+
+    def predict(self, model: nn.Module, batch: Any) -> Any:
+        return model(batch[0].float())
+
+
+def start(model: nn.Module, masks: Masks, sparse: list[str], task: Small | None = None, **more: Any) -> Begun:
+    survivors = Survivors(model, masks, sparse=sparse)
+    return begin(task or Single(), masks=masks, model=model, survivors=survivors, more=more)
+
+
+def both(task: Small, sparse: list[str], **more: Any) -> tuple[Begun, Begun]:
+    """A training with sparse layers, and one without."""
+    model = task.model()
+    masks = hpcprune.prune(model, 0.7)
+    dense = copy.deepcopy(model)
+    return start(model, masks, sparse, task, **more), start(dense, masks, [], task, **more)
+
+
+def weights(model: nn.Module) -> dict[str, Tensor]:
+    return {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+
+
+@pytest.mark.parametrize("sparse", [NAMES, NAMES[:1], NAMES[1:]])
+@pytest.mark.parametrize("more", [{}, {"accumulate": 3}, {"clip_norm": 0.1}], ids=str)
+def test_steps_are_those_of_dense_layers(sparse: list[str], more: dict[str, Any]) -> None:
+    ours, theirs = both(Single(), sparse, **more)
+    for number in range(12):
+        own, other = (begun.trainer.step(number, False) for begun in (ours, theirs))
+        assert own.loss == pytest.approx(other.loss, rel=1e-4)
+    state, others = ours.trainer.optimizer_state(), theirs.trainer.optimizer_state()
+    assert {name: value.shape for name, value in state.items()} == {n: value.shape for n, value in others.items()}
+    for name, value in state.items():
+        torch.testing.assert_close(value, others[name], rtol=1e-3, atol=1e-5)
+    torch.testing.assert_close(weights(ours.model), weights(theirs.model), rtol=1e-3, atol=1e-5)
+
+
+def test_the_dense_weights_are_up_to_date_when_they_are_looked_at() -> None:
+    ours, _ = both(Single(), NAMES)
+    before = weights(ours.model)
+    ours.trainer.step(0, False)
+    stale = weights(ours.model)
+    assert torch.equal(stale["0.weight"], before["0.weight"]) and not torch.equal(stale["0.bias"], before["0.bias"])
+    ours.trainer.optimizer_state()
+    now = weights(ours.model)
+    assert not torch.equal(now["0.weight"], before["0.weight"])
+    assert torch.equal(now["0.weight"] != 0, before["0.weight"] != 0)
+    ours.trainer.step(1, False)
+    ours.trainer.close()
+    x = torch.randn(3, 6)
+    closed = weights(ours.model)
+    assert not torch.equal(closed["0.weight"], now["0.weight"])
+    assert "forward" not in vars(ours.model[0])  # type: ignore[index]
+    expected = nn.functional.linear(x, closed["0.weight"], closed["0.bias"])
+    torch.testing.assert_close(ours.model[0](x), expected)  # type: ignore[index]
+
+
+def test_a_step_works_without_dense_gradients() -> None:
+    ours, _ = both(Single(), NAMES)
+    seen = []
+    for name in NAMES:
+        ours.model.get_parameter(name).register_hook(lambda gradient: seen.append(gradient))
+    ours.trainer.step(0, False)
+    assert not seen
+
+
+def test_a_layer_that_a_batch_does_not_use_has_no_gradient() -> None:
+    class Halves(Single):
+        def predict(self, model: Any, batch: Any) -> Any:
+            return model[0](batch[0].float())[:, :4]
+
+    ours, _ = both(Halves(), NAMES)
+    before = ours.trainer.survivors.packed[torch.float32].detach().clone()
+    ours.trainer._backward(0, "a step")
+    for segment in ours.trainer.survivors:
+        assert bool(ours.trainer.survivors.gradient(segment).any()) == segment.name.startswith("0."), segment.name
+    assert torch.equal(ours.trainer.survivors.packed[torch.float32], before)
+
+
+def test_autocast_computes_in_bfloat16() -> None:
+    ours, theirs = both(Single(), NAMES, autocast=True)
+    for number in range(3):
+        own, other = (begun.trainer.step(number, False) for begun in (ours, theirs))
+        assert own.loss == pytest.approx(other.loss, rel=2e-2)
+
+
+def test_a_weight_that_is_used_outside_its_layer_too_is_refused() -> None:
+    class Penalised(Single):
+        def loss(self, output: Any, batch: Any) -> Tensor:
+            return super().loss(output, batch) + self.penalised.weight.square().sum()
+
+    task = Penalised()
+    ours, _ = both(task, NAMES)
+    task.penalised = ours.model[0]  # type: ignore[attr-defined, index]
+    with pytest.raises(TaskError, match=r"0\.weight is used outside its layer, .*; write retrain.sparse: never"):
+        ours.trainer.step(0, False)
+
+
+# The choice
+
+
+def told(monkeypatch: pytest.MonkeyPatch, *pairs: tuple[float, float]) -> None:
+    seconds = iter(pairs)
+    monkeypatch.setattr(training, "time_in_turns", lambda dense, sparse: (dense(), sparse(), next(seconds))[2])
+
+
+def test_layers_that_are_faster_by_themselves_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = Single().model()
+    masks = hpcprune.prune(model, 0.7)
+    told(monkeypatch, (1.0, 0.95), (1.0, 0.5))
+    before = weights(model)
+    assert faster_layers(model, masks, lambda: model(torch.randn(3, 6))) == ["2.weight"]
+    torch.testing.assert_close(weights(model), before, rtol=0, atol=0)
+
+
+def test_a_weight_of_two_layers_stays_dense(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 8))
+    model[2].weight = model[0].weight
+    masks = hpcprune.prune(model, 0.5)
+    told(monkeypatch, *[(1.0, 0.5)] * 3)
+    assert faster_layers(model, masks, lambda: model(torch.randn(3, 8))) == ["1.weight"]
+
+
+@pytest.mark.parametrize(("dense", "sparse"), [(2.0, 1.0), (1.0, 1.0)])
+def test_all_train_dense_where_a_step_is_not_faster(
+    monkeypatch: pytest.MonkeyPatch, dense: float, sparse: float
+) -> None:
+    model, ledger = Single().model(), Ledger()
+    masks = hpcprune.prune(model, 0.7)
+    told(monkeypatch, *[(1.0, 0.5)] * 2)
+
+    def make(packing: bool) -> Trainer:
+        assert packing
+        return start(model, masks, ledger.sparse or []).trainer
+
+    fastest: Callable[[Trainer], float] = lambda trainer: (trainer.close(), sparse if ledger.sparse else dense)[1]  # noqa: E731
+    monkeypatch.setattr(breakeven, "_fastest", fastest)
+    found, why = sparse_layers(masks, make, model, ledger, World.alone())
+    times = f"{sparse * 1e3:.1f} ms so and {dense * 1e3:.1f} ms dense"
+    if sparse < dense:
+        assert (found, why) == (NAMES, f"2 of 2 layers train sparse: a step takes {times}")
+    else:
+        assert (found, why) == ([], f"all layers train dense: with 2 sparse ones a step takes {times}")
+    assert ledger.sparse is None
