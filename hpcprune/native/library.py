@@ -1,8 +1,8 @@
 """The C++ kernels: found, compiled once into the user's cache, loaded; and numpy in their place where that fails.
 
-Compiling on the user's machine needs no wheel a platform and fits the compiler that is there. One library serves every
-CPU of an architecture: which instructions a call may use is asked of the CPU at run time. Many ranks start at once, so
-one compiles under a lock while the others wait, and a library appears under its name only when it is whole.
+Compiling on the user's machine (`hpcprune.native.compiling`) needs no wheel a platform and fits the compiler that is
+there. One library serves every CPU of an architecture: which instructions a call may use is asked of the CPU at run
+time.
 
 Every path gives the same bits of what concerns masks and survivors, so it does not matter which one a rank has come to;
 sparse products differ in their last bits, as any two orders of summing do. `describe` says which path was chosen and
@@ -12,32 +12,23 @@ why. `HPCPRUNE_NATIVE` forces one of numpy, portable, avx2 and avx512; `HPCPRUNE
 from __future__ import annotations
 
 import ctypes
-import hashlib
 import os
-import platform
 import shutil
-import subprocess
-import tempfile
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
 from hpcprune.errors import HpcpruneError
-from hpcprune.lock import hold
+from hpcprune.native.compiling import CACHE_VARIABLES, Recipe, UnavailableError, find_or_build, kernel_sources
 
 __all__ = ["BLOCK", "COMPILERS", "Library", "describe", "library", "sources", "threads_or_default"]
 
 PATHS = ("portable", "avx2", "avx512")  # in the order of the numbers that the kernels give them
 FLAGS = ("-O3", "-std=c++17", "-ffp-contract=fast", "-shared", "-fPIC", "-pthread")
 COMPILERS = ("g++", "c++", "clang++")
-LONGEST_COMPILE = 180.0  # seconds; also how long a rank waits for another one's compiler
+LONGEST_COMPILE = 180.0  # seconds
 BLOCK = 1 << 20  # elements that the numpy path takes at a time; a multiple of 8
-
-
-class UnavailableError(Exception):
-    """Why there is no compiled library; the reason is shown by `describe`."""
 
 
 @dataclass(frozen=True)
@@ -66,7 +57,7 @@ def library() -> Library:
     Raises:
         HpcpruneError: HPCPRUNE_NATIVE names no path, or one that cannot be had here.
     """
-    names = ("HPCPRUNE_NATIVE", "HPCPRUNE_CACHE", "XDG_CACHE_HOME", "HOME", "CXX", "PATH")
+    names = ("HPCPRUNE_NATIVE", *CACHE_VARIABLES, "CXX", "PATH")
     return _library(tuple((name, os.environ[name]) for name in names if name in os.environ))
 
 
@@ -97,23 +88,8 @@ def _library(environment: tuple[tuple[str, str], ...]) -> Library:
 
 def sources(package: Path | None = None) -> list[Path]:
     """The kernels' sources: inside an installed package (`hpcprune/kernels`), or beside it in a checkout."""
-    package = package or Path(__file__).resolve().parent.parent
-    for folder in (package / "kernels", package.parent / "kernels"):
-        found = sorted(folder.glob("*/*.cpp"))
-        if found:
-            return found + sorted(folder.glob("*.h")) + sorted(folder.glob("*/*.h"))
-    raise UnavailableError(f"no kernels/*/*.cpp in {package} or beside it: reinstall hpcprune")
-
-
-def _cache(environ: Mapping[str, str]) -> Path:
-    if environ.get("HPCPRUNE_CACHE"):
-        return Path(environ["HPCPRUNE_CACHE"])
-    if environ.get("XDG_CACHE_HOME"):
-        return Path(environ["XDG_CACHE_HOME"]) / "hpcprune"
-    home = environ.get("HOME")
-    if not home:
-        raise UnavailableError("no HOME to keep compiled kernels in: set HPCPRUNE_CACHE to a folder")
-    return Path(home) / ".cache" / "hpcprune"
+    units, headers = kernel_sources(".cpp", package)
+    return units + headers
 
 
 def _compiler(environ: Mapping[str, str]) -> list[str] | None:
@@ -121,71 +97,12 @@ def _compiler(environ: Mapping[str, str]) -> list[str] | None:
     return next((words for words in candidates if shutil.which(words[0], path=environ.get("PATH"))), None)
 
 
-def _version(compiler: Sequence[str]) -> str:
-    try:
-        done = subprocess.run([*compiler, "--version"], capture_output=True, text=True, timeout=LONGEST_COMPILE)
-    except (OSError, subprocess.SubprocessError) as error:
-        raise UnavailableError(f"{' '.join(compiler)} --version: {error}") from None
-    return done.stdout
-
-
 def _find_or_build(environ: Mapping[str, str]) -> tuple[Path, str]:
     """The library's file, and "cached in" or "compiled into"."""
-    files = sources()
-    content = hashlib.sha256(repr((FLAGS, platform.system(), platform.machine())).encode())
-    for source in files:
-        content.update(source.name.encode() + b"\0" + source.read_bytes() + b"\0")
-    folder = _cache(environ) / f"kernels-{platform.machine()}-{content.hexdigest()[:16]}"
-    compiler = _compiler(environ)
-    if compiler is None:
-        # Compute nodes often lack the compiler that the login node has: what it left in a shared home serves.
-        for file in sorted(folder.glob("*.so")):
-            return file, "cached in"
-        named = f"CXX={environ['CXX']} is not" if environ.get("CXX") else f"none of {', '.join(COMPILERS)} is"
-        raise UnavailableError(f"no C++ compiler ({named} on PATH): install g++, or set CXX")
-    file = folder / f"{hashlib.sha256(_version(compiler).encode()).hexdigest()[:16]}.so"
-    if file.exists():
-        return file, "cached in"
-    try:
-        folder.mkdir(mode=0o755, parents=True, exist_ok=True)
-        with _lock(folder / "lock"):
-            if file.exists():
-                return file, "cached in"
-            _build(compiler, [source for source in files if source.suffix == ".cpp"], file)
-            return file, "compiled into"
-    except OSError as error:
-        raise UnavailableError(
-            f"cannot write compiled kernels to {folder} ({error.strerror}): set HPCPRUNE_CACHE"
-        ) from None
-
-
-@contextmanager
-def _lock(path: Path) -> Iterator[None]:
-    """Hold a file's lock. Where the file system has none, go on without: two would compile the same thing twice."""
-    with path.open("w") as file:
-        with suppress(OSError):
-            if not hold(file, LONGEST_COMPILE):
-                waited = f"waited {LONGEST_COMPILE:g} s for another process to compile; is {path} held by a dead host?"
-                raise UnavailableError(waited)
-        yield
-
-
-def _build(compiler: Sequence[str], files: Sequence[Path], target: Path) -> None:
-    handle, name = tempfile.mkstemp(suffix=".tmp", dir=target.parent)
-    os.close(handle)
-    command = [*compiler, *FLAGS, *map(str, files), "-o", name]
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=LONGEST_COMPILE)
-        if done.returncode != 0:
-            lines = [line for line in done.stderr.splitlines() if line.strip()] or [f"exit code {done.returncode}"]
-            first = next((line for line in lines if "error" in line), lines[0])
-            raise UnavailableError(f"{' '.join(compiler)} could not compile the kernels ({first.strip()})")
-        Path(name).replace(target)
-    except subprocess.TimeoutExpired:
-        raise UnavailableError(f"{' '.join(compiler)} took longer than {LONGEST_COMPILE:g} s") from None
-    finally:
-        with suppress(FileNotFoundError):
-            Path(name).unlink()
+    named = f"CXX={environ['CXX']} is not" if environ.get("CXX") else f"none of {', '.join(COMPILERS)} is"
+    missing = f"no C++ compiler ({named} on PATH): install g++, or set CXX"
+    recipe = Recipe("kernels", FLAGS, *kernel_sources(".cpp"), LONGEST_COMPILE)
+    return find_or_build(recipe, environ, _compiler(environ), missing)
 
 
 def _load(file: Path) -> ctypes.CDLL:
