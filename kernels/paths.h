@@ -51,6 +51,16 @@ inline std::vector<std::vector<Slice>> cut(const int64_t* lengths, int64_t parts
   return result;
 }
 
+// How many parts each of `pieces` of work is cut into, `most` at most: until no thread has much less to do than another.
+inline int64_t parts_of_each(int64_t pieces, int64_t threads, int64_t most) {
+  int64_t parts = 1;
+  for (; parts < std::min(threads, most); ++parts) {
+    const int64_t rounds = (pieces * parts + threads - 1) / threads;
+    if (10 * pieces * parts >= 9 * rounds * threads) break;
+  }
+  return parts;
+}
+
 // Runs work(0) ... work(runs - 1), each on a thread of its own where the system grants one, else here.
 template <class Work>
 void in_threads(int64_t runs, const Work& work) {

@@ -131,6 +131,16 @@ def _load(file: Path) -> ctypes.CDLL:
             ),
             ("convolution", integer, [integer] * 2 + [pointer] * 3 + [long] + [pointer] * 3 + [integer, pointer]),
             ("sddmm", integer, [integer] * 2 + [pointer] * 4 + [long, pointer, integer, pointer]),
+            (
+                "blocks_product",
+                integer,
+                [integer] + [long] * 3 + [pointer] * 4 + [long] + [pointer] * 2 + [integer, pointer],
+            ),
+            (
+                "blocks_gradient",
+                integer,
+                [integer] + [long] * 3 + [pointer] * 5 + [long, pointer, integer, pointer],
+            ),
         ):
             function = getattr(code, f"hpcprune_{name}")
             function.restype, function.argtypes = result, arguments

@@ -49,16 +49,6 @@ int64_t tile_width(int path, int64_t samples) {
   return width;
 }
 
-// Few tiles on many threads are cut into rows, until no thread has much less to do than another.
-int64_t parts_of_a_tile(int64_t tiles, int64_t threads, int64_t chunks) {
-  int64_t parts = 1;
-  for (; parts < std::min(threads, chunks); ++parts) {
-    const int64_t rounds = (tiles * parts + threads - 1) / threads;
-    if (10 * tiles * parts >= 9 * rounds * threads) break;
-  }
-  return parts;
-}
-
 template <class Column, class Value, class Operand>
 int spmm(int path, const Layout& w, const Value* value, const Operand& operand, int64_t images, int64_t samples,
          const float* bias, int threads, const Pool* pool) {
@@ -72,7 +62,7 @@ int spmm(int path, const Layout& w, const Value* value, const Operand& operand, 
   // Blocks of rows whose sums fit the L2 cache.
   const int64_t blocks = (w.chunks + 63) / 64;
   const std::vector<int64_t> cuts =
-      cut_chunks(w, std::max(blocks, parts_of_a_tile(tiles.size(), std::max(1, threads), w.chunks)));
+      cut_chunks(w, std::max(blocks, parts_of_each(tiles.size(), std::max(1, threads), w.chunks)));
   int64_t most = 0, widest = 1;
   for (const Part& whole : tiles) {
     widest = std::max(widest, whole.width);

@@ -1,0 +1,184 @@
+// Products with a matrix of which whole blocks of 16 x 16, 32 x 32 or 64 x 64 weights survive (BSR).
+//
+//   blocks_product   Y = X W^T + bias: X is [batch, columns] and Y [batch, rows], as F.linear has them
+//   blocks_gradient  the gradient of the surviving weights alone, of those of dY^T X
+//
+// A block's weights lie transposed, one column after another, so that a vector of weights is sixteen rows of one
+// column. It meets one number of each sample, spread over all lanes; the sums of sixteen rows, for up to sixteen
+// samples, stay in registers over all blocks of the row and are stored as Y has them, so that nothing is transposed at
+// run time. X is packed, as many samples at a time as fit the L2 cache: sixteen columns of a sample together, those of
+// the samples one after another. What a block meets is then a stretch of memory, whatever the number of columns.
+//
+// The gradient has the samples as what is summed over and sixteen columns as the vector, so that its rows go where the
+// survivors have them. dX = dY W is the product with the layout of W^T.
+//
+//   g++ -O3 -std=c++17 -ffp-contract=fast -shared -fPIC -pthread kernels/*/*.cpp
+//
+// 1. portable: sums for 2 samples in vectors of 4 floats
+// 2. avx2: for 4 samples in vectors of 8, with fused multiply-add
+// 3. avx512: for 16 samples in vectors of 16
+//
+// An element of Y is the same chain of sums, in the order of the columns, whatever the batch and the number of threads.
+// Blocks that the matrix's edges cut off are whole in memory, with zeros beyond the edge.
+
+#include <algorithm>
+#include <cstdlib>
+#include <type_traits>
+#include <vector>
+
+#include "../paths.h"
+#include "../vectors.h"
+
+namespace hpcprune {
+namespace {
+
+constexpr int64_t UNIT = 16;                   // rows and columns that are taken at once
+constexpr int64_t PACKED_FLOATS = 128 * 1024;  // that are packed at a time: half of an L2 cache
+constexpr int64_t GRADIENT_SAMPLES = 64;       // whose products are summed before the sums go back to memory
+
+// W [rows, columns] in block rows: block b of row r, for start[r] <= b < start[r + 1], begins at column[b] sides.
+struct Blocks {
+  int64_t side, rows, columns;
+  const int32_t *start, *column;
+
+  int64_t units() const { return side / UNIT; }
+  int64_t block_rows() const { return (rows + side - 1) / side; }
+  int64_t block_columns() const { return (columns + side - 1) / side; }
+};
+
+// A part of the work: samples from `sample` on, and block rows [first, last).
+struct Part {
+  int64_t sample, samples, first, last;
+};
+
+// Packs `width` columns of samples whose lines are `step` apart: sixteen columns of a sample together, those of
+// `places` samples one after another. Zeros where there is no sample, and from column `columns` on.
+void pack(const float* x, int64_t step, int64_t columns, int64_t width, int64_t samples, int64_t places,
+          float* packed) {
+  for (int64_t k = 0; k < width; k += UNIT, packed += places * UNIT) {
+    const int64_t here = std::max<int64_t>(0, std::min(UNIT, columns - k));
+    for (int64_t s = 0; s < samples; ++s) {
+      const float* from = x + s * step + k;
+      float* to = packed + s * UNIT;
+      if (here == UNIT) {
+        std::memcpy(to, from, UNIT * sizeof(float));
+      } else {
+        std::fill(std::copy_n(from, here, to), to + UNIT, 0.0f);
+      }
+    }
+    std::fill_n(packed + samples * UNIT, (places - samples) * UNIT, 0.0f);
+  }
+}
+
+// Where block rows are cut so that each of `parts` has about as many blocks.
+std::vector<int64_t> cut_rows(const Blocks& w, int64_t parts) {
+  std::vector<int64_t> cuts{0};
+  const int32_t *first = w.start, *last = w.start + w.block_rows();
+  for (int64_t part = 1; part < parts; ++part)
+    cuts.push_back(
+        std::max<int64_t>(cuts.back(), std::lower_bound(first, last, int64_t(*last) * part / parts) - first));
+  cuts.push_back(w.block_rows());
+  return cuts;
+}
+
+}  // namespace
+}  // namespace hpcprune
+
+#define BODY "blocks/blocks_body.h"
+#include "../each_path.h"
+
+namespace hpcprune {
+namespace {
+
+float* floats(int64_t count) {
+  return static_cast<float*>(std::aligned_alloc(64, (count / 16 + 1) * 16 * sizeof(float)));
+}
+
+int product(int path, const Blocks& w, const float* value, const float* x, int64_t batch, const float* bias, float* y,
+            int threads, const Pool* pool) {
+  if (batch == 0 || w.rows == 0) return 0;
+  const int64_t padded_columns = w.block_columns() * w.side, allowed = std::max(1, threads);
+  // As many samples at a time as fit the cache, but no more than leave something for every thread.
+  const int64_t fitting = PACKED_FLOATS / std::max<int64_t>(1, padded_columns) / UNIT * UNIT;
+  const int64_t share = ((batch + allowed - 1) / allowed + UNIT - 1) / UNIT * UNIT;
+  const int64_t most = std::max(UNIT, std::min(fitting, share)), chunks = (batch + most - 1) / most;
+  const std::vector<int64_t> cuts = cut_rows(w, parts_of_each(chunks, allowed, w.block_rows()));
+  std::vector<Part> parts;
+  for (int64_t sample = 0; sample < batch; sample += most)
+    for (size_t i = 0; i + 1 < cuts.size(); ++i)
+      if (cuts[i] < cuts[i + 1]) parts.push_back({sample, std::min(most, batch - sample), cuts[i], cuts[i + 1]});
+  const int64_t runs = std::min<int64_t>(allowed, parts.size()), length = most * padded_columns;
+  float* scratch = floats(runs * length);
+  if (!scratch) return 1;
+  in_pool(pool, runs, [&](int64_t run) {
+    for (size_t i = run; i < parts.size(); i += runs) {
+      float* own = scratch + run * length;
+#if defined(__x86_64__)
+      if (path == WITH_AVX512)
+        avx512::product(w, value, x, bias, y, parts[i], own);
+      else if (path == WITH_AVX2)
+        avx2::product(w, value, x, bias, y, parts[i], own);
+      else
+#endif
+        portable::product(w, value, x, bias, y, parts[i], own);
+    }
+  });
+  std::free(scratch);
+  return 0;
+}
+
+int gradient(int path, const Blocks& w, const int32_t* order, const float* x, const float* dy, int64_t batch,
+             float* survivors, int threads, const Pool* pool) {
+  const int64_t runs = std::max<int64_t>(1, std::min<int64_t>(threads, w.block_rows()));
+  const std::vector<int64_t> cuts = cut_rows(w, runs);
+  int64_t most = 0;
+  for (int64_t run = 0; run < runs; ++run) most = std::max(most, cuts[run + 1] - cuts[run]);
+  const int64_t padded_columns = w.block_columns() * w.side;
+  const int64_t length = std::min(GRADIENT_SAMPLES, batch) * (padded_columns + most * w.side);
+  float* scratch = floats(runs * length);
+  if (!scratch) return 1;
+  in_pool(pool, runs, [&](int64_t run) {
+    const int64_t first = cuts[run], last = cuts[run + 1], row = first * w.side;
+    float *packed_x = scratch + run * length,
+          *packed_dy = packed_x + std::min(GRADIENT_SAMPLES, batch) * padded_columns;
+    if (w.start[first] == w.start[last]) return;
+    // Without samples the sums begin too, as zeros.
+    for (int64_t s = 0; s == 0 || s < batch; s += GRADIENT_SAMPLES) {
+      const int64_t samples = std::min(GRADIENT_SAMPLES, batch - s);
+      pack(x + s * w.columns, w.columns, w.columns, padded_columns, samples, samples, packed_x);
+      pack(dy + s * w.rows + row, w.rows, w.rows - row, (last - first) * w.side, samples, samples, packed_dy);
+#if defined(__x86_64__)
+      if (path == WITH_AVX512)
+        avx512::gradient(w, order, first, last, packed_x, packed_dy, samples, s == 0, survivors);
+      else if (path == WITH_AVX2)
+        avx2::gradient(w, order, first, last, packed_x, packed_dy, samples, s == 0, survivors);
+      else
+#endif
+        portable::gradient(w, order, first, last, packed_x, packed_dy, samples, s == 0, survivors);
+    }
+  });
+  std::free(scratch);
+  return 0;
+}
+
+}  // namespace
+}  // namespace hpcprune
+
+extern "C" {
+
+// `start` holds a number for each block row and one more, `column` one for each block, ascending within a row; `value`
+// holds side x side weights for each block, a column's after another. bias may be null. 0, or 1 where memory is short.
+int hpcprune_blocks_product(int path, int64_t side, int64_t rows, int64_t columns, const int32_t* start,
+                            const int32_t* column, const float* value, const float* x, int64_t batch, const float* bias,
+                            float* y, int threads, const hpcprune::Pool* pool) {
+  return hpcprune::product(path, {side, rows, columns, start, column}, value, x, batch, bias, y, threads, pool);
+}
+
+// `order` says which survivor each weight of `value` is; those of a block's row follow one another. `survivors` gets
+// the gradient of all of them.
+int hpcprune_blocks_gradient(int path, int64_t side, int64_t rows, int64_t columns, const int32_t* start,
+                             const int32_t* column, const int32_t* order, const float* x, const float* dy,
+                             int64_t batch, float* survivors, int threads, const hpcprune::Pool* pool) {
+  return hpcprune::gradient(path, {side, rows, columns, start, column}, order, x, dy, batch, survivors, threads, pool);
+}
+}
