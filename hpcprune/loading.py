@@ -9,6 +9,7 @@ from typing import Literal
 import numpy as np
 from torch import nn
 
+from hpcprune.checkpoint.format import State
 from hpcprune.checkpoint.read import read_model
 from hpcprune.errors import HpcpruneError
 from hpcprune.job_file import load_job
@@ -16,7 +17,7 @@ from hpcprune.masks import Masks
 from hpcprune.shards import Layer
 from hpcprune.sparse import sparsify
 from hpcprune.task import build_model, load_task
-from hpcprune.weights import fit_weights, load_weights
+from hpcprune.weights import fit_weights, weights_of
 
 __all__ = ["load"]
 
@@ -48,13 +49,15 @@ def load(
     path = Path(path)
     if path.is_dir():
         path = path / "model.h5"
-    weights = load_weights(path)
+    if not path.exists():
+        raise HpcpruneError(f"{path}: no such file; give a model.h5, or the folder of a run that has ended")
+    state = read_model(path)
     if model is None:
         model = _build(path)
-    fit_weights(model, weights, path)
+    fit_weights(model, weights_of(state), path)
     model.eval()
     if sparse == "auto":
-        sparsify(model, _masks(path), None if infer is None else lambda: infer(model), samples=samples)
+        sparsify(model, _masks(state), None if infer is None else lambda: infer(model), samples=samples)
     return model
 
 
@@ -68,7 +71,6 @@ def _build(path: Path) -> nn.Module:
     return build_model(load_task(job.task, job.folder))
 
 
-def _masks(path: Path) -> Masks:
-    state = read_model(path)
+def _masks(state: State) -> Masks:
     layers = [Layer(name, layer.shape, layer.dtype) for name, layer in state.layers.items() if layer.mask is not None]
     return Masks(layers, [np.asarray(state.layers[layer.name].mask) for layer in layers])

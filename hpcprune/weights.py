@@ -21,11 +21,12 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from hpcprune.checkpoint.format import State
 from hpcprune.checkpoint.read import read_model
 from hpcprune.errors import CheckpointError, WeightsError
 from hpcprune.tensors import dtype_name, to_tensor
 
-__all__ = ["fit_weights", "load_weights"]
+__all__ = ["fit_weights", "load_weights", "weights_of"]
 
 log = logging.getLogger(__name__)
 
@@ -90,9 +91,13 @@ def _name_other(start: bytes) -> str:
 
 def _load_checkpoint(path: Path) -> dict[str, Tensor]:
     try:
-        state = read_model(path)
+        return weights_of(read_model(path))
     except CheckpointError as error:
         raise WeightsError(str(error)) from None
+
+
+def weights_of(state: State) -> dict[str, Tensor]:
+    """All tensors of a checkpoint's model by name: parameters and buffers, pruned or not, not the optimizer's."""
     weights = {}
     for name, layer in state.layers.items():
         weights[name] = to_tensor(layer.values, layer.dtype).reshape(layer.shape)
