@@ -40,6 +40,10 @@ INLINE void transpose4(const From* from, int64_t from_step, To* to, int64_t to_s
 template <class From, class To>
 inline void transpose(const From* from, int64_t from_step, int64_t rows, int64_t columns, To* to, int64_t to_step) {
   constexpr int64_t SIDE = 16;
+  if ((rows == 1 && to_step == 1) || (columns == 1 && from_step == 1)) {  // one sample's: a copy
+    for (int64_t i = 0; i < rows * columns; ++i) narrow(widen(from[i]), to + i);
+    return;
+  }
   for (int64_t row = 0; row < rows; row += SIDE)
     for (int64_t column = 0; column < columns; column += SIDE) {
       const int64_t last_row = std::min(rows, row + SIDE), last_column = std::min(columns, column + SIDE);

@@ -94,8 +94,9 @@ def multiply(x: Tensor, layout: Tensor, value: Tensor, bias: Tensor | None, rows
     Args:
         x: [batch, columns], float32 or bfloat16, contiguous. bias: [rows], float32.
     """
-    y = x.new_empty(x.shape[0], rows)
-    return kernels.multiply("hpcprune_spmm", (layout.data_ptr(),), value, x, x.shape[:1], bias, y)
+    batch = x.shape[0]
+    y = x.new_empty(batch, rows)
+    return kernels.multiply("hpcprune_spmm", (layout.data_ptr(),), value, x, (batch,), bias, y)
 
 
 def convolve(x: Tensor, layout: Tensor, value: Tensor, bias: Tensor | None, rows: int, geometry: Geometry) -> Tensor:

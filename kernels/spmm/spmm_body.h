@@ -88,8 +88,9 @@ inline void product(const Layout& w, const Value* value, const Operand& operand,
   const int64_t padded = (rows + GROUP - 1) / GROUP * GROUP, row = part.first * CHUNK;
   float* panel = scratch;
   float* sums = scratch + (part.width == 1 ? w.columns : part.width * w.panel);
-  for (int64_t r = 0; r < padded; ++r)
-    for (int64_t s = 0; s < part.width; ++s) sums[r * part.width + s] = bias && r < rows ? bias[row + r] : 0.0f;
+  std::fill_n(sums, padded * part.width, 0.0f);
+  if (bias)
+    for (int64_t r = 0; r < rows; ++r) std::fill_n(sums + r * part.width, part.width, bias[row + r]);
 #define TILE(VECTOR, COUNT) tile<VECTOR, COUNT, Column>(w, value, part, read_any<Operand>, &operand, panel, sums)
   switch (part.width) {
 #if LANES == 16
