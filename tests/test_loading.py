@@ -69,7 +69,7 @@ def test_without_a_job_beside_it_the_model_is_asked_for(done: Path, tmp_path: Pa
 def test_mistakes_are_told(done: Path, tmp_path: Path) -> None:
     with pytest.raises(HpcpruneError, match='sparse=\'always\': there are "auto" and "never"'):
         hpcprune.load(done, sparse="always")  # type: ignore[arg-type]
-    with pytest.raises(HpcpruneError, match="no such file; give a model.h5, or the folder of a run"):
+    with pytest.raises(HpcpruneError, match=r"no such file; give a model\.h5, or the folder of a run"):
         hpcprune.load(tmp_path)
     with pytest.raises(HpcpruneError, match=r"model\.h5"):
         hpcprune.load(done, nn.Linear(2, 2))
