@@ -28,12 +28,12 @@ INLINE void transpose16(const float* from, int64_t from_step, float* to, int64_t
 
 template <class From, class To>
 INLINE void transpose4(const From* from, int64_t from_step, To* to, int64_t to_step) {
-  const Float4 a = load4(from), b = load4(from + from_step);
-  const Float4 c = load4(from + 2 * from_step), d = load4(from + 3 * from_step);
+  const Float4 a = load<Float4>(from), b = load<Float4>(from + from_step);
+  const Float4 c = load<Float4>(from + 2 * from_step), d = load<Float4>(from + 3 * from_step);
   const Float4 e = SHUFFLE(a, b, 0, 4, 1, 5), f = SHUFFLE(a, b, 2, 6, 3, 7);
   const Float4 g = SHUFFLE(c, d, 0, 4, 1, 5), h = SHUFFLE(c, d, 2, 6, 3, 7);
-  store4(SHUFFLE(e, g, 0, 1, 4, 5), to), store4(SHUFFLE(e, g, 2, 3, 6, 7), to + to_step);
-  store4(SHUFFLE(f, h, 0, 1, 4, 5), to + 2 * to_step), store4(SHUFFLE(f, h, 2, 3, 6, 7), to + 3 * to_step);
+  store(SHUFFLE(e, g, 0, 1, 4, 5), to), store(SHUFFLE(e, g, 2, 3, 6, 7), to + to_step);
+  store(SHUFFLE(f, h, 0, 1, 4, 5), to + 2 * to_step), store(SHUFFLE(f, h, 2, 3, 6, 7), to + 3 * to_step);
 }
 
 // to[c * to_step + r] = from[r * from_step + c] for all r < rows, c < columns; either may be float or bfloat16.

@@ -47,6 +47,15 @@ INLINE float widen(bfloat16 value) {
   return result;
 }
 
+template <class Vector>
+INLINE Vector load(const bfloat16* from) {
+  uint32_t lanes[sizeof(Vector) / sizeof(float)];
+  for (unsigned i = 0; i < sizeof(Vector) / sizeof(float); ++i) lanes[i] = uint32_t(from[i].bits) << 16;
+  Vector result;
+  std::memcpy(&result, lanes, sizeof result);
+  return result;
+}
+
 // Calls a product with its pointers as the types that they have: of `kind`, 1 is set where the weights are bfloat16,
 // else float, and 2 where X and Y are.
 template <class Product>
@@ -60,12 +69,6 @@ int with_types(int kind, const void* value, const void* x, void* y, const Produc
                   : weights(static_cast<const float*>(x), static_cast<float*>(y));
 }
 
-INLINE Float4 load4(const float* from) { return load<Float4>(from); }
-
-INLINE Float4 load4(const bfloat16* from) {
-  return Float4{widen(from[0]), widen(from[1]), widen(from[2]), widen(from[3])};
-}
-
 INLINE void narrow(float value, float* to) { *to = value; }
 
 // To the nearest, ties to even; NaN stays NaN.
@@ -75,10 +78,9 @@ INLINE void narrow(float value, bfloat16* to) {
   to->bits = value != value ? uint16_t(bits >> 16 | 0x40) : uint16_t((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
 }
 
-INLINE void store4(const Float4& value, float* to) { store(value, to); }
-
-INLINE void store4(const Float4& value, bfloat16* to) {
-  for (int i = 0; i < 4; ++i) narrow(value[i], to + i);
+template <class Vector>
+INLINE void store(const Vector& value, bfloat16* to) {
+  for (unsigned i = 0; i < sizeof(Vector) / sizeof(float); ++i) narrow(value[i], to + i);
 }
 
 }  // namespace hpcprune

@@ -74,7 +74,7 @@ def test_torch_finds_nothing_wrong_with_the_operators(weights: Tensor) -> None:
         (ops.survivors_linear, given),
         (ops.panels_linear, (x, layout, refill(order, survivors), bias, ROWS)),
         (ops.panels_linear, (x, layout, refill(order, survivors), None, ROWS)),
-        (ops.bitmap_linear, (x, held.bits, held.first, held.value, bias)),
+        (ops.bitmap_linear, (x, held.bits, held.first, held.value, bias, ROWS)),
         (ops.panels_conv2d, (images, of_images.layout, convolved, bias, ROWS, [2, 5], [1, 2], [0, 1], [2, 1])),
         (ops.panels_refill, (order, survivors)),
         (ops.panels_sampled, (x, gradient, layout, order, len(survivors))),

@@ -129,17 +129,22 @@ def _load(file: Path) -> ctypes.CDLL:
                 integer,
                 [integer] * 2 + [long] * 2 + [pointer] * 4 + [long] + [pointer] * 2 + [integer, pointer],
             ),
+            (
+                "two_of_four",
+                integer,
+                [integer] * 2 + [long] * 2 + [pointer] * 3 + [long] + [pointer] * 2 + [integer, pointer],
+            ),
             ("convolution", integer, [integer] * 2 + [pointer] * 3 + [long] + [pointer] * 3 + [integer, pointer]),
             ("sddmm", integer, [integer] * 2 + [pointer] * 4 + [long, pointer, integer, pointer]),
             (
                 "blocks_product",
                 integer,
-                [integer] + [long] * 3 + [pointer] * 4 + [long] + [pointer] * 2 + [integer, pointer],
+                [integer] * 2 + [long] * 3 + [pointer] * 4 + [long] + [pointer] * 2 + [integer, pointer],
             ),
             (
                 "blocks_gradient",
                 integer,
-                [integer] + [long] * 3 + [pointer] * 5 + [long, pointer, integer, pointer],
+                [integer] * 2 + [long] * 3 + [pointer] * 5 + [long, pointer, integer, pointer],
             ),
         ):
             function = getattr(code, f"hpcprune_{name}")

@@ -40,12 +40,12 @@ def bitmap_of(bits: npt.NDArray[np.uint8], rows: int, columns: int, survivors: T
     )
 
 
-def multiply(x: Tensor, bits: Tensor, first: Tensor, value: Tensor, bias: Tensor | None) -> Tensor:
+def multiply(x: Tensor, bits: Tensor, first: Tensor, value: Tensor, bias: Tensor | None, rows: int) -> Tensor:
     """x W^T + bias [batch, rows], by the bits, first and value of a `Bitmap`.
 
     Args:
         x: [batch, columns], float32 or bfloat16, contiguous. bias: [rows], float32.
     """
-    (batch, columns), rows = x.shape, first.shape[0]
+    batch, columns = x.shape
     matrix = rows, columns, bits.data_ptr(), first.data_ptr()
     return kernels.multiply("hpcprune_bitmap", matrix, value, x, (batch,), bias, x.new_empty(batch, rows))

@@ -15,7 +15,8 @@ from torch import Tensor
 
 from hpcprune.native.pool import pool
 from hpcprune.native.survivors import popcount
-from hpcprune.sparse.kernels import SparseError, done, kernels
+from hpcprune.sparse import kernels
+from hpcprune.sparse.kernels import SparseError, done, is_half
 from hpcprune.sparse.patterns import SIDES, mask_rows
 
 __all__ = ["Blocks", "lay_out", "multiply", "sampled"]
@@ -81,48 +82,35 @@ def lay_out(bits: npt.NDArray[np.uint8], rows: int, columns: int, side: int, *, 
     return Blocks(*shape, side, *tensors)
 
 
-def multiply(x: Tensor, blocks: Blocks, value: Tensor, bias: Tensor | None) -> Tensor:
-    """x W^T + bias.
+def multiply(x: Tensor, start: Tensor, column: Tensor, value: Tensor, bias: Tensor | None, rows: int) -> Tensor:
+    """x W^T + bias [batch, rows], by the start and column of `lay_out` and its weights.
 
     Args:
-        x: [batch, columns], float32, contiguous.
-        value: the layout's weights, float32.
-        bias: [rows], float32.
-
-    Returns:
-        [batch, rows].
+        x: [batch, columns], float32 or bfloat16, contiguous. bias: [rows], float32.
     """
-    code, level = kernels()
-    y = x.new_empty(x.shape[0], blocks.rows)
-    done(
-        code.hpcprune_blocks_product(
-            level,
-            *_place(blocks),
-            value.data_ptr(),
-            x.data_ptr(),
-            x.shape[0],
-            None if bias is None else bias.data_ptr(),
-            y.data_ptr(),
-            torch.get_num_threads(),
-            pool(),
-        )
-    )
-    return y
+    (batch, columns), side = x.shape, value.shape[-1]
+    matrix = side, rows, columns, start.data_ptr(), column.data_ptr()
+    return kernels.multiply("hpcprune_blocks_product", matrix, value, x, (batch,), bias, x.new_empty(batch, rows))
 
 
-def sampled(x: Tensor, gradient: Tensor, blocks: Blocks, survivors: int) -> Tensor:
+def sampled(x: Tensor, gradient: Tensor, start: Tensor, column: Tensor, order: Tensor, survivors: int) -> Tensor:
     """The gradient of the survivors alone, of those of gradient^T x: packed, float32.
 
     Args:
-        x: [batch, columns]. gradient: [batch, rows], with respect to the product. float32, contiguous.
+        x: [batch, columns]. gradient: [batch, rows], with respect to the product. Of one dtype, contiguous.
     """
     packed = torch.empty(survivors, dtype=torch.float32)
-    code, level = kernels()
+    code, level = kernels.kernels()
     done(
         code.hpcprune_blocks_gradient(
             level,
-            *_place(blocks),
-            blocks.order.data_ptr(),
+            is_half("x", x),
+            order.shape[-1],
+            gradient.shape[1],
+            x.shape[1],
+            start.data_ptr(),
+            column.data_ptr(),
+            order.data_ptr(),
             x.data_ptr(),
             gradient.data_ptr(),
             x.shape[0],
@@ -137,7 +125,3 @@ def sampled(x: Tensor, gradient: Tensor, blocks: Blocks, survivors: int) -> Tens
 def _sides(length: int, side: int) -> npt.NDArray[np.int64]:
     """How long the blocks along an edge are: all `side`, but for the last."""
     return np.minimum(side, length - np.arange(0, length, side))
-
-
-def _place(blocks: Blocks) -> tuple[int, int, int, int, int]:
-    return blocks.side, blocks.rows, blocks.columns, blocks.start.data_ptr(), blocks.column.data_ptr()

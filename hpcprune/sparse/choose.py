@@ -17,15 +17,15 @@ import torch
 from torch import Tensor, nn
 
 from hpcprune.masks import Masks
+from hpcprune.sparse.held import Bits, Kernel, fit
 from hpcprune.sparse.kernels import FLOATS, SparseError, kernels
-from hpcprune.sparse.modules import Kernel, sparse_module
+from hpcprune.sparse.modules import sparse_module
 
 __all__ = ["Choice", "Sparsified", "sparsify", "time_in_turns", "watched_inputs"]
 
 TURNS = 9  # of each contender; more disturb each other less than they disturb the user
 LEAST = 2e-3  # seconds that a turn takes at least, so that the clock can tell
 MARGIN = 0.97  # of the dense time, below which sparse counts as faster
-FEW = 8  # rows of X at a time, up to which a bitmap is tried as well as panels
 
 
 @dataclass(frozen=True)
@@ -86,11 +86,10 @@ def sparsify(
     choices, replaced = [], {}
     for name, dense in candidates.items():
         calls = inputs.get(name, [])
-        few = all(call[..., 0].numel() <= FEW for call in calls)
-        tried: list[Kernel] = ["panels", "bitmap"] if few and isinstance(dense, nn.Linear) else ["panels"]
+        bits = masks.bits(f"{name}.weight")
         timed: list[tuple[float, float, Kernel, nn.Module]] = []
-        for kernel in tried if calls else ():
-            sparse = sparse_module(dense, masks.bits(f"{name}.weight"), kernel)
+        for kernel in _tried(dense, bits, calls):
+            sparse = sparse_module(dense, bits, kernel)
             if sparse is not None:
                 timed.append((*_time_layer(dense, sparse.eval(), calls), kernel, sparse))
         if not timed:
@@ -105,6 +104,15 @@ def sparsify(
     found = _swap_if_faster(model, candidates, replaced, infer)
     model.train(was_training)
     return Sparsified(tuple(choices), torch.get_num_threads(), *found)
+
+
+def _tried(dense: nn.Module, bits: Bits, calls: Sequence[Tensor]) -> list[Kernel]:
+    """The kernels worth timing for a layer that is called so."""
+    if not calls:
+        return []
+    if not isinstance(dense, nn.Linear):
+        return ["panels"]
+    return fit(bits, dense.out_features, dense.in_features, max(call[..., 0].numel() for call in calls))
 
 
 def _rows(layers: Mapping[str, nn.Module], samples: int) -> dict[str, list[Tensor]]:

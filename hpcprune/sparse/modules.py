@@ -2,28 +2,25 @@
 
 from __future__ import annotations
 
-from typing import Literal
-
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
 from hpcprune.native.survivors import gather
-from hpcprune.sparse.bitmap import bitmap_of
+from hpcprune.sparse.held import LINEAR, Kernel, hold
 from hpcprune.sparse.kernels import FLOATS
-from hpcprune.sparse.ops import bitmap_linear, panels_conv2d, panels_linear
-from hpcprune.sparse.panels import Geometry, lay_out, refill
+from hpcprune.sparse.ops import panels_conv2d
+from hpcprune.sparse.panels import Geometry
 from hpcprune.tensors import to_array
 
-__all__ = ["Kernel", "SparseConv2d", "SparseLinear", "sparse_module"]
+__all__ = ["SparseConv2d", "SparseLinear", "sparse_module"]
 
 Bits = npt.NDArray[np.uint8]
-Kernel = Literal["panels", "bitmap"]
 
 
 class _Sparse(nn.Module):
-    """A pruned weight matrix [rows, columns], in panels or as a bitmap, and a bias."""
+    """A pruned weight matrix [rows, columns], as a kernel holds it, and a bias."""
 
     def __init__(self, dense: nn.Linear | nn.Conv2d, bits: Bits, kernel: Kernel) -> None:
         super().__init__()
@@ -31,15 +28,10 @@ class _Sparse(nn.Module):
         weight = dense.weight.detach()
         self.rows, self.columns = weight.shape[0], weight[0].numel()
         survivors = torch.from_numpy(gather(to_array(weight.contiguous().view(-1)), bits)).view(weight.dtype)
-        if kernel == "panels":
-            panels = lay_out(bits, self.rows, self.columns)
-            self.register_buffer("layout", panels.layout)
-            self.register_buffer("value", refill(panels.order, survivors))
-        else:
-            bitmap = bitmap_of(bits, self.rows, self.columns, survivors)
-            self.register_buffer("bits", bitmap.bits)
-            self.register_buffer("first", bitmap.first)
-            self.register_buffer("value", bitmap.value)
+        held = hold(kernel, bits, self.rows, self.columns, survivors)
+        for name, tensor in held.items():
+            self.register_buffer(name, tensor)
+        self._held = tuple(held)
         self.register_buffer("bias", None if dense.bias is None else dense.bias.detach().float())
         self.value: Tensor
         self.bias: Tensor | None
@@ -54,11 +46,8 @@ class _Sparse(nn.Module):
         return x.to(torch.get_autocast_dtype("cpu")) if torch.is_autocast_enabled("cpu") else x
 
     def _product(self, x: Tensor, bias: Tensor | None) -> Tensor:
-        product: Tensor = (
-            panels_linear(x, self.layout, self.value, bias, self.rows)
-            if self.kernel == "panels"
-            else bitmap_linear(x, self.bits, self.first, self.value, bias)
-        )
+        held = (getattr(self, name) for name in self._held)
+        product: Tensor = LINEAR[self.kernel](x, *held, bias, self.rows)
         return product
 
 

@@ -1,29 +1,41 @@
-"""The sparse products as torch operators: hpcprune::panels_linear, survivors_linear and what its gradient needs.
+"""The sparse products as torch operators, for torch.ops.hpcprune.
 
-They are registered with torch.library, so that autograd, torch.compile and fake tensors know them. `panels_linear` and
-`bitmap_linear` are for inference: they know no gradient, and so take no detour. `survivors_linear` is for training: its
-weights are the packed survivors, and so is their gradient.
+They are registered with torch.library, so that autograd, torch.compile and fake tensors know them. Those named after
+how a matrix is held (`panels_linear`, `bitmap_linear`, `blocks_linear`, `two_of_four_linear`, `panels_conv2d`) are for
+inference: they know no gradient, and so take no detour. `survivors_linear` is for training: its weights are the packed
+survivors, and so is their gradient.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from hpcprune.sparse import bitmap, panels
+from hpcprune.sparse import bitmap, blocks, panels, two_of_four
 from hpcprune.sparse.panels import Geometry, convolve, refill, sampled
 
-__all__ = ["bitmap_linear", "panels_conv2d", "panels_linear", "survivors_linear"]
+__all__ = [
+    "bitmap_linear",
+    "blocks_linear",
+    "panels_conv2d",
+    "panels_linear",
+    "survivors_linear",
+    "two_of_four_linear",
+]
 
 
-def _linear(x: Tensor, layout: Tensor, value: Tensor, bias: Tensor | None, rows: int) -> Tensor:
-    return _as(x, panels.multiply(_flat(x), layout, value, None if bias is None else bias.float(), rows))
+def _linear(multiply: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """The operator by a kernel's `multiply`, for x of any number of dimensions: (x, *matrix, value, bias, rows)."""
 
+    def product(x: Tensor, *operands: Any) -> Tensor:
+        *matrix, bias, rows = operands
+        y = multiply(_flat(x), *matrix, None if bias is None else bias.float(), rows)
+        return y if x.dim() == 2 else y.view(*x.shape[:-1], rows)
 
-def _bitmap_linear(x: Tensor, bits: Tensor, first: Tensor, value: Tensor, bias: Tensor | None) -> Tensor:
-    return _as(x, bitmap.multiply(_flat(x), bits, first, value, None if bias is None else bias.float()))
+    return product
 
 
 def _conv2d(
@@ -50,10 +62,6 @@ def _flat(x: Tensor) -> Tensor:
     return x.reshape(-1, x.shape[-1]).contiguous()
 
 
-def _as(x: Tensor, product: Tensor) -> Tensor:
-    return product if x.dim() == 2 else product.view(*x.shape[:-1], product.shape[1])
-
-
 def _sampled(x: Tensor, gradient: Tensor, layout: Tensor, order: Tensor, survivors: int) -> Tensor:
     return sampled(_flat(x), _flat(gradient.to(x.dtype)), layout, order, survivors)
 
@@ -68,15 +76,11 @@ def _survivors_linear(
     order_t: Tensor,
     rows: int,
 ) -> Tensor:
-    return _linear(x, layout, refill(order, survivors), bias, rows)
+    return _linear(panels.multiply)(x, layout, refill(order, survivors), bias, rows)
 
 
-def _product_like(x: Tensor, layout: Tensor, value: Tensor, bias: Tensor | None, rows: int) -> Tensor:
-    return x.new_empty(*x.shape[:-1], rows)
-
-
-def _bitmap_product_like(x: Tensor, bits: Tensor, first: Tensor, value: Tensor, bias: Tensor | None) -> Tensor:
-    return x.new_empty(*x.shape[:-1], first.shape[0])
+def _product_like(x: Tensor, *operands: Any) -> Tensor:
+    return x.new_empty(*x.shape[:-1], operands[-1])
 
 
 def _conv2d_like(
@@ -101,10 +105,6 @@ def _gradient_like(x: Tensor, gradient: Tensor, layout: Tensor, order: Tensor, s
     return x.new_empty(survivors, dtype=torch.float32)
 
 
-def _survivors_product_like(x: Tensor, *operands: Any) -> Tensor:
-    return x.new_empty(*x.shape[:-1], operands[-1])
-
-
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     x, survivors, bias, layout, order, layout_t, order_t, _ = inputs
     ctx.save_for_backward(x, survivors, bias, layout, order, layout_t, order_t)
@@ -126,11 +126,14 @@ def _backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
 
 # Schema, what computes it, what knows its result's shape.
 OPERATORS = (
-    ("panels_linear(Tensor x, Tensor layout, Tensor value, Tensor? bias, int rows) -> Tensor", _linear, _product_like),
-    (
-        "bitmap_linear(Tensor x, Tensor bits, Tensor first, Tensor value, Tensor? bias) -> Tensor",
-        _bitmap_linear,
-        _bitmap_product_like,
+    *(
+        (f"{kernel}_linear(Tensor x, {matrix}, Tensor value, Tensor? bias, int rows) -> Tensor", compute, _product_like)
+        for kernel, matrix, compute in (
+            ("panels", "Tensor layout", _linear(panels.multiply)),
+            ("bitmap", "Tensor bits, Tensor first", _linear(bitmap.multiply)),
+            ("blocks", "Tensor start, Tensor column", _linear(blocks.multiply)),
+            ("two_of_four", "Tensor code", _linear(two_of_four.multiply)),
+        )
     ),
     (
         "panels_conv2d(Tensor x, Tensor layout, Tensor value, Tensor? bias, int rows, int[] kernel, int[] stride, "
@@ -148,7 +151,7 @@ OPERATORS = (
         "survivors_linear(Tensor x, Tensor survivors, Tensor? bias, Tensor layout, Tensor order, Tensor layout_t, "
         "Tensor order_t, int rows) -> Tensor",
         _survivors_linear,
-        _survivors_product_like,
+        _product_like,
     ),
 )
 _torch: Any = torch.library  # it has no types
@@ -161,6 +164,8 @@ for _schema, _compute, _like in OPERATORS:
 _torch.register_autograd("hpcprune::survivors_linear", _backward, setup_context=_keep)
 
 bitmap_linear = torch.ops.hpcprune.bitmap_linear
+blocks_linear = torch.ops.hpcprune.blocks_linear
 panels_conv2d = torch.ops.hpcprune.panels_conv2d
 panels_linear = torch.ops.hpcprune.panels_linear
 survivors_linear = torch.ops.hpcprune.survivors_linear
+two_of_four_linear = torch.ops.hpcprune.two_of_four_linear

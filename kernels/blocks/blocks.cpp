@@ -26,15 +26,14 @@
 #include <type_traits>
 #include <vector>
 
+#include "../packed.h"
 #include "../paths.h"
 #include "../vectors.h"
 
 namespace hpcprune {
 namespace {
 
-constexpr int64_t UNIT = 16;                   // rows and columns that are taken at once
-constexpr int64_t PACKED_FLOATS = 128 * 1024;  // that are packed at a time: half of an L2 cache
-constexpr int64_t GRADIENT_SAMPLES = 64;       // whose products are summed before the sums go back to memory
+constexpr int64_t GRADIENT_SAMPLES = 64;  // whose products are summed before the sums go back to memory
 
 // W [rows, columns] in block rows: block b of row r, for start[r] <= b < start[r + 1], begins at column[b] sides.
 struct Blocks {
@@ -45,30 +44,6 @@ struct Blocks {
   int64_t block_rows() const { return (rows + side - 1) / side; }
   int64_t block_columns() const { return (columns + side - 1) / side; }
 };
-
-// A part of the work: samples from `sample` on, and block rows [first, last).
-struct Part {
-  int64_t sample, samples, first, last;
-};
-
-// Packs `width` columns of samples whose lines are `step` apart: sixteen columns of a sample together, those of
-// `places` samples one after another. Zeros where there is no sample, and from column `columns` on.
-void pack(const float* x, int64_t step, int64_t columns, int64_t width, int64_t samples, int64_t places,
-          float* packed) {
-  for (int64_t k = 0; k < width; k += UNIT, packed += places * UNIT) {
-    const int64_t here = std::max<int64_t>(0, std::min(UNIT, columns - k));
-    for (int64_t s = 0; s < samples; ++s) {
-      const float* from = x + s * step + k;
-      float* to = packed + s * UNIT;
-      if (here == UNIT) {
-        std::memcpy(to, from, UNIT * sizeof(float));
-      } else {
-        std::fill(std::copy_n(from, here, to), to + UNIT, 0.0f);
-      }
-    }
-    std::fill_n(packed + samples * UNIT, (places - samples) * UNIT, 0.0f);
-  }
-}
 
 // Where block rows are cut so that each of `parts` has about as many blocks.
 std::vector<int64_t> cut_rows(const Blocks& w, int64_t parts) {
@@ -90,44 +65,22 @@ std::vector<int64_t> cut_rows(const Blocks& w, int64_t parts) {
 namespace hpcprune {
 namespace {
 
-float* floats(int64_t count) {
-  return static_cast<float*>(std::aligned_alloc(64, (count / 16 + 1) * 16 * sizeof(float)));
-}
-
-int product(int path, const Blocks& w, const float* value, const float* x, int64_t batch, const float* bias, float* y,
-            int threads, const Pool* pool) {
-  if (batch == 0 || w.rows == 0) return 0;
-  const int64_t padded_columns = w.block_columns() * w.side, allowed = std::max(1, threads);
-  // As many samples at a time as fit the cache, but no more than leave something for every thread.
-  const int64_t fitting = PACKED_FLOATS / std::max<int64_t>(1, padded_columns) / UNIT * UNIT;
-  const int64_t share = ((batch + allowed - 1) / allowed + UNIT - 1) / UNIT * UNIT;
-  const int64_t most = std::max(UNIT, std::min(fitting, share)), chunks = (batch + most - 1) / most;
-  const std::vector<int64_t> cuts = cut_rows(w, parts_of_each(chunks, allowed, w.block_rows()));
-  std::vector<Part> parts;
-  for (int64_t sample = 0; sample < batch; sample += most)
-    for (size_t i = 0; i + 1 < cuts.size(); ++i)
-      if (cuts[i] < cuts[i + 1]) parts.push_back({sample, std::min(most, batch - sample), cuts[i], cuts[i + 1]});
-  const int64_t runs = std::min<int64_t>(allowed, parts.size()), length = most * padded_columns;
-  float* scratch = floats(runs * length);
-  if (!scratch) return 1;
-  in_pool(pool, runs, [&](int64_t run) {
-    for (size_t i = run; i < parts.size(); i += runs) {
-      float* own = scratch + run * length;
+template <class Value, class Element>
+int product(int path, const Blocks& w, const Value* value, const Element* x, int64_t batch, const float* bias,
+            Element* y, int threads, const Pool* pool) {
+  const auto cut = [&](int64_t parts) { return cut_rows(w, parts); };
+  const int64_t width = w.block_columns() * w.side;
+  return in_parts(batch, width, w.block_rows(), threads, pool, cut, [&](const Part& part, float* packed) {
 #if defined(__x86_64__)
-      if (path == WITH_AVX512)
-        avx512::product(w, value, x, bias, y, parts[i], own);
-      else if (path == WITH_AVX2)
-        avx2::product(w, value, x, bias, y, parts[i], own);
-      else
+    if (path == WITH_AVX512) return avx512::product(w, value, x, bias, y, part, packed);
+    if (path == WITH_AVX2) return avx2::product(w, value, x, bias, y, part, packed);
 #endif
-        portable::product(w, value, x, bias, y, parts[i], own);
-    }
+    portable::product(w, value, x, bias, y, part, packed);
   });
-  std::free(scratch);
-  return 0;
 }
 
-int gradient(int path, const Blocks& w, const int32_t* order, const float* x, const float* dy, int64_t batch,
+template <class Element>
+int gradient(int path, const Blocks& w, const int32_t* order, const Element* x, const Element* dy, int64_t batch,
              float* survivors, int threads, const Pool* pool) {
   const int64_t runs = std::max<int64_t>(1, std::min<int64_t>(threads, w.block_rows()));
   const std::vector<int64_t> cuts = cut_rows(w, runs);
@@ -135,7 +88,7 @@ int gradient(int path, const Blocks& w, const int32_t* order, const float* x, co
   for (int64_t run = 0; run < runs; ++run) most = std::max(most, cuts[run + 1] - cuts[run]);
   const int64_t padded_columns = w.block_columns() * w.side;
   const int64_t length = std::min(GRADIENT_SAMPLES, batch) * (padded_columns + most * w.side);
-  float* scratch = floats(runs * length);
+  float* scratch = aligned_floats(runs * length);
   if (!scratch) return 1;
   in_pool(pool, runs, [&](int64_t run) {
     const int64_t first = cuts[run], last = cuts[run + 1], row = first * w.side;
@@ -167,18 +120,27 @@ int gradient(int path, const Blocks& w, const int32_t* order, const float* x, co
 extern "C" {
 
 // `start` holds a number for each block row and one more, `column` one for each block, ascending within a row; `value`
-// holds side x side weights for each block, a column's after another. bias may be null. 0, or 1 where memory is short.
-int hpcprune_blocks_product(int path, int64_t side, int64_t rows, int64_t columns, const int32_t* start,
-                            const int32_t* column, const float* value, const float* x, int64_t batch, const float* bias,
-                            float* y, int threads, const hpcprune::Pool* pool) {
-  return hpcprune::product(path, {side, rows, columns, start, column}, value, x, batch, bias, y, threads, pool);
+// holds side x side weights for each block, a column's after another. `kind` says of what types weights, X and Y are
+// (vectors.h); bias is float, or null. 0, or 1 where memory is short.
+int hpcprune_blocks_product(int path, int kind, int64_t side, int64_t rows, int64_t columns, const int32_t* start,
+                            const int32_t* column, const void* value, const void* x, int64_t batch, const float* bias,
+                            void* y, int threads, const hpcprune::Pool* pool) {
+  using namespace hpcprune;
+  return with_types(kind, value, x, y, [&](const auto* weights, const auto* from, auto* to) {
+    return product(path, {side, rows, columns, start, column}, weights, from, batch, bias, to, threads, pool);
+  });
 }
 
-// `order` says which survivor each weight of `value` is; those of a block's row follow one another. `survivors` gets
-// the gradient of all of them.
-int hpcprune_blocks_gradient(int path, int64_t side, int64_t rows, int64_t columns, const int32_t* start,
-                             const int32_t* column, const int32_t* order, const float* x, const float* dy,
-                             int64_t batch, float* survivors, int threads, const hpcprune::Pool* pool) {
-  return hpcprune::gradient(path, {side, rows, columns, start, column}, order, x, dy, batch, survivors, threads, pool);
+// `order` says which survivor each weight of `value` is; those of a block's row follow one another. `half`: X and dY
+// are bfloat16, else float. `survivors` gets the gradient of all of them.
+int hpcprune_blocks_gradient(int path, int half, int64_t side, int64_t rows, int64_t columns, const int32_t* start,
+                             const int32_t* column, const int32_t* order, const void* x, const void* dy, int64_t batch,
+                             float* survivors, int threads, const hpcprune::Pool* pool) {
+  using namespace hpcprune;
+  const auto run = [&](const auto* from, const auto* given) {
+    return gradient(path, {side, rows, columns, start, column}, order, from, given, batch, survivors, threads, pool);
+  };
+  return half ? run(static_cast<const bfloat16*>(x), static_cast<const bfloat16*>(dy))
+              : run(static_cast<const float*>(x), static_cast<const float*>(dy));
 }
 }

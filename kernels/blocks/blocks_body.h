@@ -13,8 +13,8 @@ constexpr int WIDEST = 2;
 constexpr int VECTORS = UNIT / LANES;
 
 // sum[i] += a[i * ACROSS + k * DOWN] b[k * step ...], over k < length: an outer product a step.
-template <int COUNT, int ACROSS, int DOWN>
-INLINE void add_products(Vector (&sum)[COUNT][VECTORS], const float* a, const float* b, int64_t step, int64_t length) {
+template <int COUNT, int ACROSS, int DOWN, class Value>
+INLINE void add_products(Vector (&sum)[COUNT][VECTORS], const float* a, const Value* b, int64_t step, int64_t length) {
   for (int64_t k = 0; k < length; ++k, a += DOWN, b += step) {
     Vector line[VECTORS];
     for (int v = 0; v < VECTORS; ++v) line[v] = load<Vector>(b + v * LANES);
@@ -24,15 +24,15 @@ INLINE void add_products(Vector (&sum)[COUNT][VECTORS], const float* a, const fl
 }
 
 // UNIT rows of Y for COUNT samples, of which `samples` are there and `rows` rows.
-template <int COUNT>
-inline void tile(const Blocks& w, int64_t block_row, const float* value, const float* packed, int64_t unit,
-                 const float* bias, float* y, int64_t samples, int64_t rows) {
+template <int COUNT, class Value, class Element>
+inline void tile(const Blocks& w, int64_t block_row, const Value* value, const float* packed, int64_t unit,
+                 const float* bias, Element* y, int64_t samples, int64_t rows) {
   Vector sum[COUNT][VECTORS];
   for (int i = 0; i < COUNT; ++i)
     for (int v = 0; v < VECTORS; ++v) sum[i][v] = load<Vector>(bias + v * LANES);
   for (int64_t block = w.start[block_row]; block < w.start[block_row + 1]; ++block) {
     const float* x = packed + w.column[block] * w.units() * unit;
-    const float* weights = value + block * w.side * w.side;
+    const Value* weights = value + block * w.side * w.side;
     for (int64_t u = 0; u < w.units(); ++u, x += unit, weights += UNIT * w.side)
       add_products<COUNT, UNIT, 1>(sum, x, weights, w.side, UNIT);
   }
@@ -42,24 +42,15 @@ inline void tile(const Blocks& w, int64_t block_row, const float* value, const f
     } else {
       float line[UNIT];
       for (int v = 0; v < VECTORS; ++v) store(sum[i][v], line + v * LANES);
-      std::copy_n(line, rows, y);
+      for (int64_t r = 0; r < rows; ++r) narrow(line[r], y + r);
     }
   }
 }
 
-// Runs work(WIDTH) for the narrowest tile that holds `samples`, or for the widest; gives its width.
-template <int WIDTH = 1, class Work>
-INLINE int with_width(int64_t samples, const Work& work) {
-  if constexpr (WIDTH < WIDEST) {
-    if (samples > WIDTH) return with_width<2 * WIDTH>(samples, work);
-  }
-  work(std::integral_constant<int, WIDTH>());
-  return WIDTH;
-}
-
 // Y of a part: its samples, the rows of its block rows.
-inline void product(const Blocks& w, const float* value, const float* x, const float* bias, float* y, const Part& part,
-                    float* packed) {
+template <class Value, class Element>
+inline void product(const Blocks& w, const Value* value, const Element* x, const float* bias, Element* y,
+                    const Part& part, float* packed) {
   const int64_t padded = (part.samples + WIDEST - 1) / WIDEST * WIDEST, unit = padded * UNIT;
   pack(x + part.sample * w.columns, w.columns, w.columns, w.block_columns() * w.side, part.samples, padded, packed);
   for (int64_t block_row = part.first; block_row < part.last; ++block_row)
@@ -70,8 +61,8 @@ inline void product(const Blocks& w, const float* value, const float* x, const f
       if (bias) std::copy_n(bias + row, rows, own_bias);
       for (int64_t s = 0; s < part.samples;) {
         const int64_t left = part.samples - s;
-        float* to = y + (part.sample + s) * w.rows + row;
-        s += with_width(left, [&](auto width) {
+        Element* to = y + (part.sample + s) * w.rows + row;
+        s += with_width<WIDEST>(left, [&](auto width) {
           tile<decltype(width)::value>(w, block_row, value + u * UNIT, packed + s * UNIT, unit, own_bias, to, left,
                                        rows);
         });

@@ -1,18 +1,7 @@
 // The products of sddmm.cpp for one path; see each_path.h.
 
+#include "../fold_body.h"
 #include "../transpose_body.h"
-
-INLINE Float4 fold(Float4 value) { return value; }
-#if LANES >= 8
-INLINE Float4 fold(Float8 value) {
-  return Float4(_mm_add_ps(_mm256_castps256_ps128(__m256(value)), _mm256_extractf128_ps(__m256(value), 1)));
-}
-#endif
-#if LANES == 16
-INLINE Float4 fold(Float16 value) {
-  return fold(Float8(_mm256_add_ps(_mm512_castps512_ps256(__m512(value)), _mm512_extractf32x8_ps(__m512(value), 1))));
-}
-#endif
 
 // The sums of the elements of four vectors.
 template <class Vector>
@@ -37,7 +26,7 @@ INLINE void four_rows(const Column* column, int64_t length, const float* x, cons
       sum[i] = row[i][0] * load<Vector>(from);
       for (int n = 1; n < COUNT; ++n) sum[i] = row[i][n] * load<Vector>(from + n * WIDTH) + sum[i];
     }
-    store(load4(value) + sums(sum), value);
+    store(load<Float4>(value) + sums(sum), value);
   }
 }
 

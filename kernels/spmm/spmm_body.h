@@ -47,7 +47,7 @@ void tile(const Layout& w, const Value* value, const Part& part, Read read_x, co
 // One sample: the lanes are the four rows of a group; two groups at once, for their latency.
 template <class Column, class Value>
 INLINE Float4 entry(const Column* column, const Value* value, const float* x, Float4 sum) {
-  return load4(value) * Float4{x[column[0]], x[column[1]], x[column[2]], x[column[3]]} + sum;
+  return load<Float4>(value) * Float4{x[column[0]], x[column[1]], x[column[2]], x[column[3]]} + sum;
 }
 
 template <class Column, class Value>

@@ -2,37 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
-from hpcprune.errors import HpcpruneError
-from hpcprune.sparse import blocks
 from hpcprune.sparse.blocks import Blocks, lay_out, multiply, sampled
-from hpcprune.sparse.kernels import SparseError, kernels
+from hpcprune.sparse.kernels import SparseError
 from hpcprune.sparse.panels import refill
 from hpcprune.sparse.patterns import SIDES, side_of_blocks, two_of_four
-from tests.kernels.conftest import PATHS
+from tests.kernels.test_products import bits_of, bound, exact
 
 SHAPES = [(1, 1), (3, 5), (64, 128), (65, 127), (130, 300), (200, 17)]
 BATCHES = [1, 2, 3, 5, 9, 16, 33, 65]
 LAWS = ["half", "few", "none", "all", "one row", "one column"]
-
-
-@pytest.fixture(params=[path for path in PATHS if path != "numpy"])
-def compiled(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    """A path on which there are products."""
-    monkeypatch.setenv("HPCPRUNE_NATIVE", request.param)
-    kernels.cache_clear()
-    try:
-        kernels()
-    except HpcpruneError as error:
-        pytest.skip(str(error))
-    yield request.param
-    kernels.cache_clear()
 
 
 def pruned(rows: int, columns: int, side: int, law: str) -> tuple[Tensor, Tensor]:
@@ -48,24 +31,17 @@ def pruned(rows: int, columns: int, side: int, law: str) -> tuple[Tensor, Tensor
     return torch.from_numpy(weights), torch.from_numpy(mask)
 
 
-def bits_of(mask: Tensor) -> np.ndarray:
-    return np.packbits(mask.numpy().ravel(), bitorder="little")
-
-
 def laid_out(weights: Tensor, mask: Tensor, side: int, transposed: bool = False) -> tuple[Blocks, Tensor]:
     layout = lay_out(bits_of(mask), *weights.shape, side, transposed=transposed)
     return layout, refill(layout.order, weights[mask])
 
 
-def exact(x: Tensor, weights: Tensor, bias: Tensor | None = None) -> np.ndarray:
-    product = x.double().numpy() @ weights.double().numpy().T
-    return product if bias is None else product + bias.double().numpy()
+def product(x: Tensor, layout: Blocks, value: Tensor, bias: Tensor | None) -> Tensor:
+    return multiply(x, layout.start, layout.column, value, bias, layout.rows)
 
 
-def bound(x: Tensor, weights: Tensor) -> np.ndarray:
-    """How far a chain of sums in float32 may be from the exact one, with a bias of less than 10."""
-    terms = x.double().abs().numpy() @ weights.double().abs().numpy().T + 10
-    return terms * (weights.shape[1] + 2) * 2.0**-24
+def gradient_of(x: Tensor, gradient: Tensor, layout: Blocks, survivors: int) -> Tensor:
+    return sampled(x, gradient, layout.start, layout.column, layout.order, survivors)
 
 
 @pytest.mark.parametrize("law", LAWS)
@@ -78,11 +54,11 @@ def test_products_are_right(compiled: str, rows: int, columns: int, side: int, l
     across, across_value = laid_out(weights, mask, side, transposed=True)
     for batch in BATCHES:
         x, gradient = torch.randn(batch, columns), torch.randn(batch, rows)
-        error = multiply(x, layout, value, bias).numpy() - exact(x, weights, bias)
+        error = product(x, layout, value, bias).numpy() - exact(x, weights, bias)
         assert (abs(error) <= bound(x, weights)).all()
-        error = multiply(gradient, across, across_value, None).numpy() - exact(gradient, weights.T)
+        error = product(gradient, across, across_value, None).numpy() - exact(gradient, weights.T)
         assert (abs(error) <= bound(gradient, weights.T)).all()
-        own = sampled(x, gradient, layout, int(mask.sum())).numpy()
+        own = gradient_of(x, gradient, layout, int(mask.sum())).numpy()
         error = own - exact(gradient.T, x.T)[mask.numpy()]
         assert (abs(error) <= bound(gradient.T, x.T)[mask.numpy()]).all()
 
@@ -93,29 +69,47 @@ def test_a_sample_has_the_same_result_in_any_batch_and_on_any_number_of_threads(
     weights, mask = pruned(300, 9000, 16, "half")  # so many columns that samples go in chunks
     layout, value = laid_out(weights, mask, 16)
     x, gradient = torch.randn(101, 9000), torch.randn(101, 300)
-    whole = multiply(x, layout, value, None)
-    own = sampled(x, gradient, layout, int(mask.sum()))
+    whole = product(x, layout, value, None)
+    own = gradient_of(x, gradient, layout, int(mask.sum()))
     for batch in BATCHES:
-        assert torch.equal(multiply(x[:batch].contiguous(), layout, value, None), whole[:batch])
+        assert torch.equal(product(x[:batch].contiguous(), layout, value, None), whole[:batch])
     before = torch.get_num_threads()
     try:
         for threads in (1, 2, 3, 40):
             torch.set_num_threads(threads)
-            assert torch.equal(multiply(x, layout, value, None), whole)
-            assert torch.equal(multiply(x[:1], layout, value, None), whole[:1])
-            assert torch.equal(sampled(x, gradient, layout, len(own)), own)
+            assert torch.equal(product(x, layout, value, None), whole)
+            assert torch.equal(product(x[:1], layout, value, None), whole[:1])
+            assert torch.equal(gradient_of(x, gradient, layout, len(own)), own)
     finally:
         torch.set_num_threads(before)
-    monkeypatch.setattr(blocks, "pool", lambda: None)
+    monkeypatch.setattr("hpcprune.sparse.kernels.pool", lambda: None)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
-    assert torch.equal(multiply(x, layout, value, None), whole)
+    assert torch.equal(product(x, layout, value, None), whole)
+
+
+@pytest.mark.parametrize("of_x", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("of_weights", [torch.float32, torch.bfloat16])
+def test_bfloat16_is_summed_in_float32(compiled: str, of_weights: torch.dtype, of_x: torch.dtype) -> None:
+    weights, mask = pruned(70, 900, 16, "half")
+    weights = weights.to(of_weights)
+    layout, value = laid_out(weights, mask, 16)
+    assert value.dtype == of_weights
+    for batch in (1, 4, 40):
+        x = torch.randn(batch, 900).to(of_x)
+        y = product(x, layout, value, None)
+        rounding = 0 if of_x == torch.float32 else 2.0**-8 * abs(exact(x, weights))
+        assert y.dtype == of_x
+        assert (abs(y.double().numpy() - exact(x, weights)) <= bound(x, weights) * 1.01 + rounding).all()
+    x, gradient = torch.randn(40, 900).to(of_x), torch.randn(40, 70).to(of_x)
+    own = gradient_of(x, gradient, layout, int(mask.sum())).numpy()
+    assert (abs(own - exact(gradient.T, x.T)[mask.numpy()]) <= bound(gradient.T, x.T)[mask.numpy()]).all()
 
 
 def test_no_samples_and_no_blocks(compiled: str) -> None:
     weights, mask = pruned(40, 50, 16, "half")
     layout, value = laid_out(weights, mask, 16)
-    assert multiply(torch.empty(0, 50), layout, value, None).shape == (0, 40)
-    assert not sampled(torch.empty(0, 50), torch.empty(0, 40), layout, int(mask.sum())).any()
+    assert product(torch.empty(0, 50), layout, value, None).shape == (0, 40)
+    assert not gradient_of(torch.empty(0, 50), torch.empty(0, 40), layout, int(mask.sum())).any()
 
 
 def test_infinities_and_nan_stay_with_their_sample(compiled: str) -> None:
@@ -123,8 +117,8 @@ def test_infinities_and_nan_stay_with_their_sample(compiled: str) -> None:
     layout, value = laid_out(weights, mask, 16)
     x = torch.ones(5, 70)
     x[2, 69], x[3, 9] = float("inf"), float("nan")
-    product = multiply(x, layout, value, None)
-    assert product[[0, 1, 4]].isfinite().all() and product[2].isinf().all() and product[3].isnan().all()
+    y = product(x, layout, value, None)
+    assert y[[0, 1, 4]].isfinite().all() and y[2].isinf().all() and y[3].isnan().all()
 
 
 @pytest.mark.parametrize("transposed", [False, True])

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import numpy as np
 import pytest
 import torch
@@ -14,25 +12,10 @@ from hpcprune.sparse import bitmap
 from hpcprune.sparse.bitmap import bitmap_of
 from hpcprune.sparse.kernels import SparseError, kernels
 from hpcprune.sparse.panels import Panels, lay_out, multiply, refill, sampled
-from tests.kernels.conftest import PATHS
 
 SHAPES = [(1, 1), (3, 5), (64, 256), (65, 257), (130, 700), (4, 1000), (700, 3)]
 BATCHES = [1, 2, 3, 4, 5, 8, 9, 16, 17, 32, 33, 65, 100]
-COMPILED = [path for path in PATHS if path != "numpy"]
 LAWS = ["half", "few", "none", "all", "one row", "one column"]
-
-
-@pytest.fixture(params=COMPILED)
-def compiled(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    """A path on which there are products."""
-    monkeypatch.setenv("HPCPRUNE_NATIVE", request.param)
-    kernels.cache_clear()
-    try:
-        kernels()
-    except HpcpruneError as error:
-        pytest.skip(str(error))
-    yield request.param
-    kernels.cache_clear()
 
 
 def pruned(rows: int, columns: int, law: str) -> Tensor:
@@ -90,7 +73,7 @@ def test_products_by_bitmap_are_right(compiled: str, rows: int, columns: int, la
     held = bitmap_of(bits_of(weights), rows, columns, weights[weights != 0])
     for batch in (1, 2, 5):
         x = torch.randn(batch, columns)
-        error = bitmap.multiply(x, held.bits, held.first, held.value, bias).numpy() - exact(x, weights, bias)
+        error = bitmap.multiply(x, held.bits, held.first, held.value, bias, rows).numpy() - exact(x, weights, bias)
         assert (abs(error) <= bound(x, weights)).all()
 
 
@@ -105,7 +88,7 @@ def test_bfloat16_is_summed_in_float32(compiled: str, of_weights: torch.dtype, o
         product = multiply(x, layout.layout, value, None, 70)
         rounding = 0 if of_x == torch.float32 else 2.0**-8 * abs(exact(x, weights))
         held = bitmap_of(bits_of(weights), 70, 900, weights[weights != 0])
-        for each in (product, bitmap.multiply(x, held.bits, held.first, held.value, None)):
+        for each in (product, bitmap.multiply(x, held.bits, held.first, held.value, None, len(weights))):
             assert each.dtype == of_x
             assert (abs(each.double().numpy() - exact(x, weights)) <= bound(x, weights) * 1.01 + rounding).all()
     x, gradient = torch.randn(40, 900).bfloat16(), torch.randn(40, 70).bfloat16()
@@ -121,7 +104,7 @@ def test_a_sample_has_the_same_result_in_any_batch_and_on_any_number_of_threads(
     whole = multiply(x, layout.layout, value, None, 300)
     own = sampled(x, gradient, layout.layout, layout.order, int((weights != 0).sum()))
     held = bitmap_of(bits_of(weights), *weights.shape, weights[weights != 0])
-    by_bitmap = bitmap.multiply(x, held.bits, held.first, held.value, None)
+    by_bitmap = bitmap.multiply(x, held.bits, held.first, held.value, None, len(weights))
     for batch in BATCHES:
         assert torch.equal(multiply(x[:batch].contiguous(), layout.layout, value, None, 300), whole[:batch])
     before = torch.get_num_threads()
@@ -131,7 +114,7 @@ def test_a_sample_has_the_same_result_in_any_batch_and_on_any_number_of_threads(
             assert torch.equal(multiply(x, layout.layout, value, None, 300), whole)
             assert torch.equal(multiply(x[:1], layout.layout, value, None, 300), whole[:1])
             assert torch.equal(sampled(x, gradient, layout.layout, layout.order, len(own)), own)
-            assert torch.equal(bitmap.multiply(x, held.bits, held.first, held.value, None), by_bitmap)
+            assert torch.equal(bitmap.multiply(x, held.bits, held.first, held.value, None, len(weights)), by_bitmap)
     finally:
         torch.set_num_threads(before)
 
