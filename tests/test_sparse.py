@@ -11,13 +11,14 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 import hpcprune
+from hpcprune.layers import find_layers
 from hpcprune.masks import Masks
 from hpcprune.sparse import SparseConv2d, SparseLinear, choose, sparsify
-from hpcprune.sparse.bitmap import bitmap_of
+from hpcprune.sparse.held import LINEAR, Kernel, fit, hold
 from hpcprune.sparse.kernels import kernels
-from hpcprune.sparse.modules import Kernel, sparse_module
+from hpcprune.sparse.modules import sparse_module
 from hpcprune.sparse.ops import panels_linear, survivors_linear
-from hpcprune.sparse.panels import lay_out, refill
+from hpcprune.sparse.panels import lay_out
 from tests.kernels.test_products import bits_of, laid_out
 
 ROWS, COLUMNS = 70, 300
@@ -65,16 +66,24 @@ def test_only_what_is_needed_gets_a_gradient(weights: Tensor, needed: int) -> No
     torch.testing.assert_close(given[needed].grad, dense_gradients(weights, given)[needed], rtol=1e-5, atol=1e-4)
 
 
+def held_of(kernel: Kernel, dtype: torch.dtype) -> list[Tensor]:
+    mask = mask_for(kernel, ROWS, COLUMNS)
+    return [*hold(kernel, bits_of(mask), ROWS, COLUMNS, torch.randn(int(mask.sum())).to(dtype)).values()]
+
+
 def test_torch_finds_nothing_wrong_with_the_operators(weights: Tensor) -> None:
     given, ops = operands(weights), torch.ops.hpcprune
     x, survivors, bias, layout, order, *_ = (each.detach() if isinstance(each, Tensor) else each for each in given)
     images, (of_images, convolved) = torch.randn(2, 30, 9, 11), laid_out(weights)
-    gradient, held = torch.randn(2, 5, ROWS), bitmap_of(bits_of(weights), ROWS, COLUMNS, survivors)
+    gradient = torch.randn(2, 5, ROWS)
     for operator, arguments in (
         (ops.survivors_linear, given),
-        (ops.panels_linear, (x, layout, refill(order, survivors), bias, ROWS)),
-        (ops.panels_linear, (x, layout, refill(order, survivors), None, ROWS)),
-        (ops.bitmap_linear, (x, held.bits, held.first, held.value, bias, ROWS)),
+        *(
+            (LINEAR[kernel], (x, *held_of(kernel, dtype), each, ROWS))
+            for kernel in KERNELS
+            for each in (bias, None)
+            for dtype in (torch.float32, torch.bfloat16)
+        ),
         (ops.panels_conv2d, (images, of_images.layout, convolved, bias, ROWS, [2, 5], [1, 2], [0, 1], [2, 1])),
         (ops.panels_refill, (order, survivors)),
         (ops.panels_sampled, (x, gradient, layout, order, len(survivors))),
@@ -112,6 +121,19 @@ def prune_to(module: nn.Module, sparsity: float = 0.8) -> Masks:
     return hpcprune.prune(module, sparsity)
 
 
+def mask_for(kernel: Kernel, rows: int, columns: int) -> Tensor:
+    """A mask that the kernel is made for."""
+    if kernel == "blocks":
+        return (
+            (torch.rand(-(-rows // 16), -(-columns // 16)) < 0.3)
+            .repeat_interleave(16, 0)
+            .repeat_interleave(16, 1)[:rows, :columns]
+        )
+    if kernel == "two_of_four":
+        return (torch.rand(rows, columns // 4, 4).argsort(-1) < 2).view(rows, columns)
+    return torch.rand(rows, columns) < 0.2
+
+
 @pytest.mark.parametrize("shape", [(COLUMNS,), (1, COLUMNS), (2, 3, COLUMNS)])
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -119,8 +141,10 @@ def prune_to(module: nn.Module, sparsity: float = 0.8) -> Masks:
 @torch.no_grad()
 def test_a_linear_layer(shape: tuple[int, ...], bias: bool, dtype: torch.dtype, kernel: Kernel) -> None:
     model = nn.Sequential(nn.Linear(COLUMNS, ROWS, bias=bias)).to(dtype)
-    sparse = sparse_module(model[0], prune_to(model).bits("0.weight"), kernel)
-    assert isinstance(sparse, SparseLinear)
+    mask = mask_for(kernel, ROWS, COLUMNS)
+    model[0].weight *= mask
+    sparse = sparse_module(model[0], bits_of(mask), kernel)
+    assert isinstance(sparse, SparseLinear) and sparse.kernel == kernel
     x = torch.randn(shape, dtype=dtype)
     torch.testing.assert_close(sparse(x), model(x))
     assert torch.equal(sparse.weight, model[0].weight)
@@ -237,20 +261,38 @@ def test_all_is_undone_where_the_model_is_not_faster(monkeypatch: pytest.MonkeyP
 
 
 def test_without_an_inference_linear_layers_are_tried_with_so_many_rows(monkeypatch: pytest.MonkeyPatch) -> None:
-    model = nn.Sequential(nn.Linear(8, 8), nn.Conv2d(8, 8, 1))
+    model = nn.Sequential(nn.Linear(64, 64), nn.Conv2d(8, 8, 1))
     seconds(monkeypatch, (1.0, 0.5), (1.0, 0.6))
     found = sparsify(model, prune_to(model), samples=7)
-    assert [(choice.name, choice.calls) for choice in found.layers] == [("0", ((7, 8),))]
+    assert [(choice.name, choice.calls) for choice in found.layers] == [("0", ((7, 64),))]
     assert found.dense_seconds is None and isinstance(model[0], SparseLinear)
 
 
 @pytest.mark.parametrize(("rows", "expected"), [(8, "bitmap"), (9, "panels")])
 def test_a_bitmap_is_tried_for_few_samples(monkeypatch: pytest.MonkeyPatch, rows: int, expected: str) -> None:
-    model = nn.Sequential(nn.Linear(8, 8))
+    model = nn.Sequential(nn.Linear(64, 64))
     seconds(monkeypatch, (1.0, 0.5), (1.0, 0.4))
     found = sparsify(model, prune_to(model), samples=rows)
     assert found.layers[0].kernel == expected and model[0].kernel == expected
     assert found.layers[0].sparse_seconds == (0.4 if expected == "bitmap" else 0.5)
+
+
+@pytest.mark.parametrize("rows", [1, 200])
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_kernels_are_tried_where_the_mask_is_made_for_them(kernel: Kernel, rows: int) -> None:
+    expected = {"panels", kernel, "bitmap"} if rows == 1 else {"panels", kernel} - {"bitmap"}
+    assert set(fit(bits_of(mask_for(kernel, 128, 256)), 128, 256, rows)) == expected
+
+
+@pytest.mark.parametrize("kernel", ["blocks", "two_of_four"])
+def test_the_kernel_of_a_pattern_is_chosen_where_it_is_the_fastest(
+    monkeypatch: pytest.MonkeyPatch, kernel: Kernel
+) -> None:
+    model = nn.Sequential(nn.Linear(256, 128))
+    masks = Masks(find_layers(model), [bits_of(mask_for(kernel, 128, 256))])
+    seconds(monkeypatch, (1.0, 0.5), (1.0, 0.4))
+    found = sparsify(model, masks, samples=20)
+    assert found.layers[0].kernel == kernel and model[0].kernel == kernel
 
 
 def test_what_the_model_does_not_call_stays_dense() -> None:

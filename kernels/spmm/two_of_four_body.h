@@ -46,6 +46,7 @@ inline void tile(int64_t units, const uint32_t* code, const Value* value, const 
   Vector sum[PAIRS][COUNT] = {};
   for (int64_t u = 0; u < units; ++u, code += PAIRS, value += PAIRS * UNIT, x += unit)
     for (int v = 0; v < UNIT; v += LANES)
+#pragma GCC unroll 4  // sums stay in registers only so
       for (int p = 0; p < PAIRS; ++p) {
         const auto at = places(code[p] >> 2 * v);
         const Vector weights = load<Vector>(value + p * UNIT + v);

@@ -12,7 +12,7 @@ from hpcprune.sparse.panels import refill
 from hpcprune.sparse.two_of_four import lay_out, multiply
 from tests.kernels.test_products import bits_of, bound, exact
 
-SHAPES = [(1, 4), (1, 16), (7, 12), (8, 32), (9, 36), (33, 300), (130, 1000)]
+SHAPES = [(1, 4), (1, 16), (7, 12), (8, 32), (9, 36), (33, 300), (70, 520)]
 BATCHES = [1, 2, 3, 4, 5, 8, 9, 33, 65]
 LAWS = ["two", "fewer", "one row", "none"]
 
@@ -42,10 +42,9 @@ def test_products_are_right(compiled: str, rows: int, columns: int, law: str) ->
     weights, bias = pruned(rows, columns, law), torch.randn(rows)
     code, value = laid_out(weights)
     for batch in BATCHES:
-        x = torch.randn(batch, columns)
-        for each in (bias, None):
-            error = multiply(x, code, value, each, rows).numpy() - exact(x, weights, each)
-            assert (abs(error) <= bound(x, weights)).all()
+        x, own = torch.randn(batch, columns), bias if batch % 2 else None
+        error = multiply(x, code, value, own, rows).numpy() - exact(x, weights, own)
+        assert (abs(error) <= bound(x, weights)).all()
 
 
 @pytest.mark.parametrize("of_x", [torch.float32, torch.bfloat16])
