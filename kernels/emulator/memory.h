@@ -1,7 +1,8 @@
 // Shared memory, copies into it that go on by themselves, and atomics.
 //
 // All bits of shared memory are 1 before something is written: NaN as float or bfloat16, -1 as an index. So are the 16
-// bytes that a copy is on its way to, until the thread that started it has waited for it.
+// bytes that a copy is on its way to, until the thread that started it has waited for it. With a seed half of the copies
+// are there at once.
 
 #pragma once
 
@@ -60,14 +61,21 @@ CUEMU_UNSEEN inline void start_copy(Copy copy) {
   me.copies.push_back(copy);
 }
 
+CUEMU_UNSEEN inline bool lands_at_once() { return block.random && (*block.random)() % 2; }
+
 // Accesses to `shared` and `global` are the kernel's, for the sanitizers to see: the copy begins here and ends where it
 // was waited for.
 inline void cp_async_16(void* shared, const void* global, bool valid) {
   if (uintptr_t(shared) % 16 || uintptr_t(global) % 16)
     give_up("thread %u copies from %p to %p, of which one is no multiple of 16", block.current->linear, global, shared);
   uint4* to = static_cast<uint4*>(shared);
-  start_copy({to, valid ? *static_cast<const uint4*>(global) : uint4{0, 0, 0, 0}, 0});
-  *to = {~0u, ~0u, ~0u, ~0u};
+  const uint4 value = valid ? *static_cast<const uint4*>(global) : uint4{0, 0, 0, 0};
+  if (lands_at_once()) {
+    *to = value;
+  } else {
+    start_copy({to, value, 0});
+    *to = {~0u, ~0u, ~0u, ~0u};
+  }
 }
 
 CUEMU_UNSEEN inline void cp_async_commit() { ++block.current->groups; }

@@ -1,4 +1,4 @@
-"""The paths that the kernels may take, each test once on every one that this machine has."""
+"""The paths that kernels may take on a CPU, each test once on every one that there is; and the emulator's orders."""
 
 from __future__ import annotations
 
@@ -18,3 +18,12 @@ def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str
     except HpcpruneError as error:
         pytest.skip(str(error))
     return str(request.param)
+
+
+@pytest.fixture(params=[None, 1, 2], ids=["in order", "seed 1", "seed 2"])
+def seed(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The order in which the emulator runs threads and blocks."""
+    if request.param is None:
+        monkeypatch.delenv("CUEMU_SEED", raising=False)
+    else:
+        monkeypatch.setenv("CUEMU_SEED", str(request.param))
