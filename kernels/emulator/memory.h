@@ -11,9 +11,9 @@
 #include "block.h"
 
 extern "C" {
-// The linker's names for the ends of what __shared__ declares; null where nothing is.
-extern unsigned char __start_cuemu_shared[] __attribute__((weak, visibility("hidden")));
-extern unsigned char __stop_cuemu_shared[] __attribute__((weak, visibility("hidden")));
+// Of shared.ld.
+extern unsigned char cuemu_shared_begin[] __attribute__((visibility("hidden")));
+extern unsigned char cuemu_shared_end[] __attribute__((visibility("hidden")));
 }
 
 namespace cuemu __attribute__((visibility("hidden"))) {
@@ -48,11 +48,11 @@ CUEMU_UNSEEN inline void poison(unsigned char* memory, size_t bytes) {
 
 // Each block has shared memory of its own.
 CUEMU_UNSEEN inline void poison_shared(size_t dynamic) {
-  const size_t fixed = __stop_cuemu_shared - __start_cuemu_shared;
+  const size_t fixed = cuemu_shared_end - cuemu_shared_begin;
   poison(dynamic_shared, dynamic);
-  poison(__start_cuemu_shared, fixed);
+  poison(cuemu_shared_begin, fixed);
   forget_accesses(dynamic_shared, dynamic);
-  forget_accesses(__start_cuemu_shared, fixed);
+  forget_accesses(cuemu_shared_begin, fixed);
 }
 
 CUEMU_UNSEEN inline void start_copy(Copy copy) {

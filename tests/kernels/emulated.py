@@ -33,13 +33,13 @@ __all__ = ["KERNELS", "Array", "SanitizerError", "address", "launch", "load", "n
 ROOT = Path(__file__).resolve().parents[2]
 KERNELS = ROOT / "kernels"
 COMPILER = shutil.which("g++")
-FLAGS = ("-O1", "-g", "-std=c++17", "-DCUDA_ON_CPU", "-shared", "-fPIC", "-I", str(KERNELS))
+FLAGS = ("-O1", "-g", "-std=c++17", "-DCUDA_ON_CPU", "-fdata-sections", "-shared", "-fPIC")
+SHARED = f"-Wl,-T,{KERNELS / 'emulator/shared.ld'}"
 FLAVOURS = {
     "plain": (),
     "address": (
         "-fsanitize=address,alignment",
         "-fno-sanitize-recover=all",
-        "-fsanitize-sections=cuemu_shared",
         "-fno-omit-frame-pointer",
     ),
     "thread": ("-fsanitize=thread",),
@@ -139,7 +139,7 @@ def _built(sources: Sequence[Path], flavour: str) -> Path:
     file = _folder() / f"{'+'.join(source.parent.name + '.' + source.stem for source in sources)}.{flavour}.so"
     if not file.exists():
         unfinished = file.with_suffix(f".{os.getpid()}.tmp")
-        command = [COMPILER, *FLAGS, *FLAVOURS[flavour], "-x", "c++", *map(str, sources), "-o", str(unfinished)]
+        command = [COMPILER, *FLAGS, SHARED, *FLAVOURS[flavour], "-x", "c++", *map(str, sources), "-o", str(unfinished)]
         # The loader needs nothing of a sanitizer that is preloaded here, and the compiler is not to run under it.
         environ = {name: value for name, value in os.environ.items() if name != "LD_PRELOAD"}
         done = subprocess.run(command, env=environ, capture_output=True, text=True)

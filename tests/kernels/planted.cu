@@ -44,6 +44,7 @@ enum Bug {
 constexpr int TILE = 64;
 
 // to[i] is from[i] with each tile of 64 reversed; a short last tile is reversed as if zeros filled it up.
+template <int TILE>
 __global__ void __launch_bounds__(TILE) reverse_tiles(int bug, int64_t count, const float* from, float* to) {
   __shared__ float tile[TILE];
   const int64_t tiles = (count + TILE - 1) / TILE;
@@ -221,7 +222,7 @@ using namespace hpcprune;
 EXPORT int hpcprune_cuda_reverse_tiles(int bug, int64_t count, const float* from, float* to, void* stream) {
   if (count == 0) return 0;
   const unsigned blocks = blocks_for((count + 2 * TILE - 1) / (2 * TILE));
-  LAUNCH(reverse_tiles, dim3(blocks), dim3(TILE), 0, static_cast<cudaStream_t>(stream), bug, count, from, to);
+  LAUNCH(reverse_tiles<TILE>, dim3(blocks), dim3(TILE), 0, static_cast<cudaStream_t>(stream), bug, count, from, to);
   return int(cudaGetLastError());
 }
 
