@@ -33,11 +33,12 @@ __all__ = ["KERNELS", "Array", "SanitizerError", "address", "launch", "load", "n
 ROOT = Path(__file__).resolve().parents[2]
 KERNELS = ROOT / "kernels"
 COMPILER = shutil.which("g++")
-FLAGS = ("-O1", "-g", "-std=c++17", "-DCUDA_ON_CPU", "-fdata-sections", "-shared", "-fPIC")
+FLAGS = ("-O1", "-g1", "-std=c++17", "-DCUDA_ON_CPU", "-fdata-sections", "-shared", "-fPIC")
 SHARED = f"-Wl,-T,{KERNELS / 'emulator/shared.ld'}"
 FLAVOURS = {
     "plain": (),
     "address": (
+        "-O0",  # optimised it compiles three times as long
         "-fsanitize=address,alignment",
         "-fno-sanitize-recover=all",
         "-fno-omit-frame-pointer",
