@@ -9,7 +9,6 @@
 #include <algorithm>
 #include <cstdint>
 #include <limits>
-#include <vector>
 
 #include "fiber.h"
 #include "runtime.h"
@@ -18,6 +17,7 @@
 namespace cuemu __attribute__((visibility("hidden"))) {
 
 constexpr unsigned LANES = 32, NO_WARP = ~0u;
+constexpr unsigned MOST_COPIES = 128;  // of a thread, on their way at once
 
 // Where a barrier or intrinsic was called; a default argument's builtins tell of the call.
 struct Place {
@@ -64,8 +64,9 @@ struct Thread {
   unsigned mask;
   void (*meet)(unsigned warp, unsigned participants);
   void* payload;
-  // Asynchronous copies, and how many groups of them are closed.
-  std::vector<Copy> copies;
+  // Asynchronous copies in a ring, the oldest first, and how many groups of them are closed.
+  Copy copy[MOST_COPIES];
+  unsigned oldest, copies;
   int64_t groups;
 
   unsigned lane() const { return linear % LANES; }
@@ -164,7 +165,7 @@ CUEMU_UNSEEN inline void prepare_block() {
     thread.linear = i;
     thread.index = dim3(i % block.size.x, i / block.size.x % block.size.y, i / block.size.x / block.size.y);
     thread.state = State::READY;
-    thread.copies.clear();
+    thread.oldest = thread.copies = 0;
     thread.groups = 0;
     if (thread.lane() == 0) block.warp[thread.warp()] = {0, 0};
     block.warp[thread.warp()].there |= 1u << thread.lane();

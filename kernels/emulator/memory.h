@@ -58,7 +58,8 @@ CUEMU_UNSEEN inline void poison_shared(size_t dynamic) {
 CUEMU_UNSEEN inline void start_copy(Copy copy) {
   Thread& me = *block.current;
   copy.group = me.groups;
-  me.copies.push_back(copy);
+  if (me.copies == MOST_COPIES) give_up("thread %u has more than %u copies on their way", me.linear, MOST_COPIES);
+  me.copy[(me.oldest + me.copies++) % MOST_COPIES] = copy;
 }
 
 CUEMU_UNSEEN inline bool lands_at_once() { return block.random && (*block.random)() % 2; }
@@ -83,9 +84,10 @@ CUEMU_UNSEEN inline void cp_async_commit() { ++block.current->groups; }
 // The oldest copy of a group that is not among the last `pending`, taken off the list; false if there is none.
 CUEMU_UNSEEN inline bool arrived_copy(int pending, Copy* copy) {
   Thread& me = *block.current;
-  if (me.copies.empty() || me.copies.front().group >= me.groups - pending) return false;
-  *copy = me.copies.front();
-  me.copies.erase(me.copies.begin());
+  if (!me.copies || me.copy[me.oldest].group >= me.groups - pending) return false;
+  *copy = me.copy[me.oldest];
+  me.oldest = (me.oldest + 1) % MOST_COPIES;
+  --me.copies;
   return true;
 }
 
