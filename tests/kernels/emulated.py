@@ -27,8 +27,18 @@ import pytest
 
 from tests.kernels.signatures import declare
 
-__all__ = ["KERNELS", "Array", "SanitizerError", "address", "launch", "load", "needs_emulator", "placed",
-           "succeed", "under"]
+__all__ = [
+    "KERNELS",
+    "Array",
+    "SanitizerError",
+    "address",
+    "launch",
+    "load",
+    "needs_emulator",
+    "placed",
+    "succeed",
+    "under",
+]
 
 ROOT = Path(__file__).resolve().parents[2]
 KERNELS = ROOT / "kernels"

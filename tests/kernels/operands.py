@@ -37,7 +37,9 @@ def normal(*shape: int, dtype: str = "bfloat16", seed: int = 0, offset: int = 0)
 
 def spoiled(*shape: int, dtype: str = "bfloat16", offset: int = 0) -> Array:
     """What a kernel must overwrite: NaN."""
-    return placed(np.full(shape, np.nan, np.float32) if dtype == "float32" else np.full(shape, 0x7FFF, np.uint16), offset)
+    return placed(
+        np.full(shape, np.nan, np.float32) if dtype == "float32" else np.full(shape, 0x7FFF, np.uint16), offset
+    )
 
 
 def kept(rows: int, columns: int, law: float | str) -> Mask:

@@ -1,4 +1,4 @@
-"""What the emulator's seed decides: the order of threads and blocks, how far a warp runs ahead, and when a copy lands."""
+"""What the emulator's seed decides: the order of threads and blocks, how far a warp runs ahead, when a copy lands."""
 
 from __future__ import annotations
 
