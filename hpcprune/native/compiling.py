@@ -22,6 +22,7 @@ from hpcprune.lock import hold
 __all__ = ["CACHE_VARIABLES", "Recipe", "UnavailableError", "find_or_build", "kernel_sources"]
 
 CACHE_VARIABLES = ("HPCPRUNE_CACHE", "XDG_CACHE_HOME", "HOME")
+HEADERS = ("*.h", "*.cuh", "*/*.h", "*/*.cuh")
 
 
 class UnavailableError(Exception):
@@ -52,7 +53,7 @@ def kernel_sources(suffix: str, package: Path | None = None) -> tuple[list[Path]
     for folder in (package / "kernels", package.parent / "kernels"):
         found = sorted(folder.glob(f"*/*{suffix}"))
         if found:
-            return found, sorted(folder.glob("*.h")) + sorted(folder.glob("*/*.h"))
+            return found, [header for kind in HEADERS for header in sorted(folder.glob(kind))]
     raise UnavailableError(f"no kernels/*/*{suffix} in {package} or beside it: reinstall hpcprune")
 
 

@@ -21,7 +21,7 @@ from pathlib import Path
 from hpcprune.errors import HpcpruneError
 from hpcprune.native.compiling import CACHE_VARIABLES, Recipe, UnavailableError, find_or_build, kernel_sources
 
-__all__ = ["CudaError", "CudaLibrary", "UnavailableError", "check", "describe", "find_nvcc", "library"]
+__all__ = ["CudaError", "CudaLibrary", "UnavailableError", "check", "describe", "find_nvcc", "find_tool", "library"]
 
 FLAGS = ("-O3", "-std=c++17", "-shared", "-Xcompiler", "-fPIC", "--threads", "0")
 LONGEST_COMPILE = 600.0  # seconds
@@ -96,18 +96,23 @@ def check(status: int, what: str) -> None:
 
 def find_nvcc(environ: Mapping[str, str]) -> Path | None:
     """nvcc of CUDA_HOME, on PATH, or of pip's package; None if there is none."""
-    return next((file for file in _candidates(environ) if os.access(file, os.X_OK)), None)
+    return find_tool("nvcc", environ)
 
 
-def _candidates(environ: Mapping[str, str]) -> Iterator[Path]:
+def find_tool(name: str, environ: Mapping[str, str]) -> Path | None:
+    """A program of CUDA's, looked for as nvcc is."""
+    return next((file for file in _candidates(name, environ) if os.access(file, os.X_OK)), None)
+
+
+def _candidates(name: str, environ: Mapping[str, str]) -> Iterator[Path]:
     if environ.get("CUDA_HOME"):
-        yield Path(environ["CUDA_HOME"]) / "bin" / "nvcc"
-    on_path = shutil.which("nvcc", path=environ.get("PATH"))
+        yield Path(environ["CUDA_HOME"]) / "bin" / name
+    on_path = shutil.which(name, path=environ.get("PATH"))
     if on_path:
         yield Path(on_path)
     namespace = importlib.util.find_spec("nvidia")
     for folder in (namespace.submodule_search_locations or ()) if namespace else ():
-        yield from sorted(Path(folder).glob("cu*/bin/nvcc"), reverse=True)
+        yield from sorted(Path(folder).glob(f"cu*/bin/{name}"), reverse=True)
 
 
 def _environment() -> dict[str, str]:

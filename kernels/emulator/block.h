@@ -1,14 +1,14 @@
 // A block of threads: run until all have ended, with the barrier that they share, and what is said where they cannot.
 //
-// Each round enters every thread that can go on, in their order or, with a seed, at random. The last to arrive at a barrier
-// lets the others go. Where nobody can go on, somebody waits for what will not come.
+// Each round enters every thread that can go on, in their order or, with a seed, at random; and then often one warp alone
+// for some rounds, so that it runs far ahead of the others. The last to arrive at a barrier lets the others go. Where
+// nobody can go on, somebody waits for what will not come.
 
 #pragma once
 
 #include <algorithm>
 #include <cstdint>
-#include <random>
-#include <vector>
+#include <limits>
 
 #include "fiber.h"
 #include "runtime.h"
@@ -16,7 +16,8 @@
 
 namespace cuemu __attribute__((visibility("hidden"))) {
 
-constexpr unsigned LANES = 32;
+constexpr unsigned LANES = 32, NO_WARP = ~0u;
+constexpr unsigned MOST_COPIES = 128;  // of a thread, on their way at once
 
 // Where a barrier or intrinsic was called; a default argument's builtins tell of the call.
 struct Place {
@@ -29,6 +30,25 @@ struct Copy {
   uint4* to;
   uint4 value;
   int64_t group;
+};
+
+// SplitMix64 (Steele, Lea, Flood 2014). Threads draw from it too, which is no access of theirs.
+class Random {
+ public:
+  using result_type = uint64_t;
+  explicit Random(uint64_t seed) : state_(seed) {}
+  static constexpr uint64_t min() { return 0; }
+  static constexpr uint64_t max() { return std::numeric_limits<uint64_t>::max(); }
+
+  CUEMU_UNSEEN uint64_t operator()() {
+    uint64_t bits = state_ += 0x9e3779b97f4a7c15;
+    bits = (bits ^ bits >> 30) * 0xbf58476d1ce4e5b9;
+    bits = (bits ^ bits >> 27) * 0x94d049bb133111eb;
+    return bits ^ bits >> 31;
+  }
+
+ private:
+  uint64_t state_;
 };
 
 enum class State { READY, AT_BARRIER, AT_INTRINSIC, EXITED };
@@ -44,8 +64,9 @@ struct Thread {
   unsigned mask;
   void (*meet)(unsigned warp, unsigned participants);
   void* payload;
-  // Asynchronous copies, and how many groups of them are closed.
-  std::vector<Copy> copies;
+  // Asynchronous copies in a ring, the oldest first, and how many groups of them are closed.
+  Copy copy[MOST_COPIES];
+  unsigned oldest, copies;
   int64_t groups;
 
   unsigned lane() const { return linear % LANES; }
@@ -72,7 +93,7 @@ struct Block {
   const char* kernel;
   void (*run)(const void* call);
   const void* call;
-  std::mt19937_64* random;  // null: threads and blocks come in their order
+  Random* random;  // null: threads and blocks come in their order
 };
 
 inline Block block;
@@ -144,11 +165,26 @@ CUEMU_UNSEEN inline void prepare_block() {
     thread.linear = i;
     thread.index = dim3(i % block.size.x, i / block.size.x % block.size.y, i / block.size.x / block.size.y);
     thread.state = State::READY;
-    thread.copies.clear();
+    thread.oldest = thread.copies = 0;
     thread.groups = 0;
     if (thread.lane() == 0) block.warp[thread.warp()] = {0, 0};
     block.warp[thread.warp()].there |= 1u << thread.lane();
   }
+}
+
+// Puts the threads that can go on into `ready` and gives their number. At random, all of them are mixed; or those of the
+// warp that is ahead alone, which one of 16 rounds changes.
+CUEMU_UNSEEN inline unsigned find_ready(unsigned (&ready)[BLOCK_THREADS], unsigned* ahead) {
+  unsigned count = 0;
+  for (unsigned i = 0; i < block.threads; ++i)
+    if (block.thread[i].state == State::READY) ready[count++] = i;
+  if (!block.random || !count) return count;
+  Random& random = *block.random;
+  if (random() % 16 == 0) *ahead = random() % 2 ? ready[random() % count] / LANES : NO_WARP;
+  unsigned* const rest = std::partition(ready, ready + count, [=](unsigned i) { return i / LANES == *ahead; });
+  if (rest != ready) count = rest - ready;
+  std::shuffle(ready, ready + count, random);
+  return count;
 }
 
 // Whether the block came to its end.
@@ -159,13 +195,11 @@ CUEMU_UNSEEN inline bool run_block() {
 #endif
   precede(&order.begun);
   static unsigned ready[BLOCK_THREADS];
+  unsigned ahead = NO_WARP;
   while (block.alive && last_error == cudaSuccess) {
-    unsigned count = 0;
-    for (unsigned i = 0; i < block.threads; ++i)
-      if (block.thread[i].state == State::READY) ready[count++] = i;
+    const unsigned count = find_ready(ready, &ahead);
     block.current = nullptr;
     if (!count) give_up_waiting("deadlock");
-    if (block.random) std::shuffle(ready, ready + count, *block.random);
     for (unsigned i = 0; i < count && last_error == cudaSuccess; ++i) {
       block.current = &block.thread[ready[i]];
       switch_fibers(block.host, block.current->fiber);

@@ -8,11 +8,11 @@
 //   - shared memory that is read before it is written, or before its asynchronous copy was waited for: it holds NaN, -1
 //   - a launch over CUDA's limits
 //
-// and, where the compiler is told, accesses out of bounds (-fsanitize=address -fsanitize-sections=cuemu_shared) and races
+// and, where the compiler is told, accesses out of bounds (-fsanitize=address) and races
 // (-fsanitize=thread). Blocks run one after the other, and the thread sanitizer looks at each and the next one: of two
 // that race, and are apart in one order, another seed brings them together.
 //
-//   g++ -O2 -std=c++17 -DCUDA_ON_CPU -x c++ -shared -fPIC -I kernels file.cu
+//   g++ -O2 -std=c++17 -DCUDA_ON_CPU -fdata-sections -Wl,-T,kernels/emulator/shared.ld -x c++ -shared -fPIC file.cu
 //
 // `cudaGetLastError` tells that a launch failed, `cuemu_error` why.
 
@@ -31,8 +31,8 @@
 #define __forceinline__ inline __attribute__((always_inline))
 #define __launch_bounds__(...)
 #define __align__(bytes) __attribute__((aligned(bytes)))
-// One section, so that a launch finds all of it. Blocks run one after the other and can have the same memory.
-#define __shared__ static __attribute__((section("cuemu_shared")))
+// Blocks run one after the other and can have the same memory.
+#define __shared__ static
 
 #include "types.h"
 #include "runtime.h"

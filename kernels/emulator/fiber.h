@@ -35,8 +35,10 @@ struct Fiber {
   const void* stack = nullptr;  // its lowest byte; for the thread's own stack known only to the address sanitizer
   size_t stack_bytes = 0;
   void* fake_stack = nullptr;  // the address sanitizer's
-  void* identity = nullptr;    // the thread sanitizer's; fibers take turns with another one,
-  void* resting = nullptr;     // so that a thread is not the one of the same number in the block before
+  // The thread sanitizer's. Identity and stack take turns with others, so that a thread is not the one of the same number
+  // in the block before, and does not meet its variables.
+  void *identity = nullptr, *resting = nullptr;
+  const void* resting_stack = nullptr;
 };
 
 // Pushes the registers that a function must preserve, leaves the stack pointer in `left` and goes on from `entered`.
@@ -70,6 +72,11 @@ CUEMU_UNSEEN inline void arrive_first([[maybe_unused]] Fiber& from) {
 
 // Makes `fiber` begin with `entry`, which must not return, on a stack that ends in a page that nobody may touch.
 CUEMU_UNSEEN inline void prepare(Fiber& fiber, void (*entry)()) {
+#if defined(__SANITIZE_THREAD__)
+  std::swap(fiber.stack, fiber.resting_stack);
+  std::swap(fiber.identity, fiber.resting);
+  if (!fiber.identity) fiber.identity = __tsan_create_fiber(0);
+#endif
   if (!fiber.stack) {
     void* memory = mmap(nullptr, GUARD_BYTES + STACK_BYTES, PROT_READ | PROT_WRITE,
                         MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
@@ -79,10 +86,6 @@ CUEMU_UNSEEN inline void prepare(Fiber& fiber, void (*entry)()) {
   }
 #if defined(__SANITIZE_ADDRESS__)
   ASAN_UNPOISON_MEMORY_REGION(fiber.stack, STACK_BYTES);  // a fiber that was abandoned has left its frames there
-#endif
-#if defined(__SANITIZE_THREAD__)
-  std::swap(fiber.identity, fiber.resting);
-  if (!fiber.identity) fiber.identity = __tsan_create_fiber(0);
 #endif
   // Six registers, where to go on, and a word that keeps the stack aligned as at the entry of a function.
   void** top = reinterpret_cast<void**>(static_cast<char*>(const_cast<void*>(fiber.stack)) + STACK_BYTES) - 8;

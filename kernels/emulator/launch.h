@@ -59,7 +59,7 @@ CUEMU_UNSEEN void launch(const char* name, void (*kernel)(Parameters...), dim3 g
     std::apply([](auto* run, const auto&... values) { run(values...); }, *static_cast<const Call*>(call));
   };
   const char* seed = std::getenv("CUEMU_SEED");
-  std::mt19937_64 random(seed ? std::strtoull(seed, nullptr, 10) : 0);
+  Random random(seed ? std::strtoull(seed, nullptr, 10) : 0);
   block.random = seed ? &random : nullptr;
   reserve_dynamic(dynamic);
   run_blocks(dynamic);

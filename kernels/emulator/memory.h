@@ -1,7 +1,8 @@
 // Shared memory, copies into it that go on by themselves, and atomics.
 //
 // All bits of shared memory are 1 before something is written: NaN as float or bfloat16, -1 as an index. So are the 16
-// bytes that a copy is on its way to, until the thread that started it has waited for it.
+// bytes that a copy is on its way to, until the thread that started it has waited for it. With a seed half of the copies
+// are there at once.
 
 #pragma once
 
@@ -10,9 +11,9 @@
 #include "block.h"
 
 extern "C" {
-// The linker's names for the ends of what __shared__ declares; null where nothing is.
-extern unsigned char __start_cuemu_shared[] __attribute__((weak, visibility("hidden")));
-extern unsigned char __stop_cuemu_shared[] __attribute__((weak, visibility("hidden")));
+// Of shared.ld.
+extern unsigned char cuemu_shared_begin[] __attribute__((visibility("hidden")));
+extern unsigned char cuemu_shared_end[] __attribute__((visibility("hidden")));
 }
 
 namespace cuemu __attribute__((visibility("hidden"))) {
@@ -47,18 +48,21 @@ CUEMU_UNSEEN inline void poison(unsigned char* memory, size_t bytes) {
 
 // Each block has shared memory of its own.
 CUEMU_UNSEEN inline void poison_shared(size_t dynamic) {
-  const size_t fixed = __stop_cuemu_shared - __start_cuemu_shared;
+  const size_t fixed = cuemu_shared_end - cuemu_shared_begin;
   poison(dynamic_shared, dynamic);
-  poison(__start_cuemu_shared, fixed);
+  poison(cuemu_shared_begin, fixed);
   forget_accesses(dynamic_shared, dynamic);
-  forget_accesses(__start_cuemu_shared, fixed);
+  forget_accesses(cuemu_shared_begin, fixed);
 }
 
 CUEMU_UNSEEN inline void start_copy(Copy copy) {
   Thread& me = *block.current;
   copy.group = me.groups;
-  me.copies.push_back(copy);
+  if (me.copies == MOST_COPIES) give_up("thread %u has more than %u copies on their way", me.linear, MOST_COPIES);
+  me.copy[(me.oldest + me.copies++) % MOST_COPIES] = copy;
 }
+
+CUEMU_UNSEEN inline bool lands_at_once() { return block.random && (*block.random)() % 2; }
 
 // Accesses to `shared` and `global` are the kernel's, for the sanitizers to see: the copy begins here and ends where it
 // was waited for.
@@ -66,8 +70,13 @@ inline void cp_async_16(void* shared, const void* global, bool valid) {
   if (uintptr_t(shared) % 16 || uintptr_t(global) % 16)
     give_up("thread %u copies from %p to %p, of which one is no multiple of 16", block.current->linear, global, shared);
   uint4* to = static_cast<uint4*>(shared);
-  start_copy({to, valid ? *static_cast<const uint4*>(global) : uint4{0, 0, 0, 0}, 0});
-  *to = {~0u, ~0u, ~0u, ~0u};
+  const uint4 value = valid ? *static_cast<const uint4*>(global) : uint4{0, 0, 0, 0};
+  if (lands_at_once()) {
+    *to = value;
+  } else {
+    start_copy({to, value, 0});
+    *to = {~0u, ~0u, ~0u, ~0u};
+  }
 }
 
 CUEMU_UNSEEN inline void cp_async_commit() { ++block.current->groups; }
@@ -75,9 +84,10 @@ CUEMU_UNSEEN inline void cp_async_commit() { ++block.current->groups; }
 // The oldest copy of a group that is not among the last `pending`, taken off the list; false if there is none.
 CUEMU_UNSEEN inline bool arrived_copy(int pending, Copy* copy) {
   Thread& me = *block.current;
-  if (me.copies.empty() || me.copies.front().group >= me.groups - pending) return false;
-  *copy = me.copies.front();
-  me.copies.erase(me.copies.begin());
+  if (!me.copies || me.copy[me.oldest].group >= me.groups - pending) return false;
+  *copy = me.copy[me.oldest];
+  me.oldest = (me.oldest + 1) % MOST_COPIES;
+  --me.copies;
   return true;
 }
 

@@ -1,4 +1,4 @@
-"""The paths that the kernels may take, each test once on every one that this machine has."""
+"""The paths that kernels may take on a CPU, each test once on every one that there is; and the emulator's orders."""
 
 from __future__ import annotations
 
@@ -34,3 +34,12 @@ def compiled(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) ->
         pytest.skip(str(error))
     yield request.param
     kernels.cache_clear()
+
+
+@pytest.fixture(params=[None, 1, 2], ids=["in order", "seed 1", "seed 2"])
+def seed(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The order in which the emulator runs threads and blocks."""
+    if request.param is None:
+        monkeypatch.delenv("CUEMU_SEED", raising=False)
+    else:
+        monkeypatch.setenv("CUEMU_SEED", str(request.param))

@@ -1,9 +1,9 @@
 """CUDA sources on the CPU: compiled against kernels/emulator, loaded, and run under sanitizers.
 
-A test calls what `load` gives and passes the status to `succeed`. `under("address", check, 37, 64)` runs the function
-`check` of a test module again in a process of its own, where `load` gives a library that AddressSanitizer watches: a
-sanitizer must be there before Python is. "address" sees accesses out of bounds and vectors that are not aligned,
-"thread" races. Every library is built once a session.
+A test gives `launch` a library of `load` and numpy's arrays. `under("address", check, 37, 64)` runs the function `check`
+of a test module again in a process of its own, where `load` gives a library that AddressSanitizer watches: a sanitizer
+must be there before Python is. "address" sees accesses out of bounds and vectors that are not aligned, "thread" races.
+Every library is built once a session.
 """
 
 from __future__ import annotations
@@ -19,20 +19,38 @@ import tempfile
 from collections.abc import Callable, Sequence
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import pytest
 
-__all__ = ["COMPILER", "ROOT", "SanitizerError", "kernel_sources", "load", "needs_emulator", "succeed", "under"]
+from tests.kernels.signatures import declare
+
+__all__ = [
+    "KERNELS",
+    "Array",
+    "SanitizerError",
+    "address",
+    "launch",
+    "load",
+    "needs_emulator",
+    "placed",
+    "succeed",
+    "under",
+]
 
 ROOT = Path(__file__).resolve().parents[2]
+KERNELS = ROOT / "kernels"
 COMPILER = shutil.which("g++")
-FLAGS = ("-O1", "-g", "-std=c++17", "-DCUDA_ON_CPU", "-shared", "-fPIC", "-I", str(ROOT / "kernels"))
+FLAGS = ("-O1", "-g1", "-std=c++17", "-DCUDA_ON_CPU", "-fdata-sections", "-shared", "-fPIC")
+SHARED = f"-Wl,-T,{KERNELS / 'emulator/shared.ld'}"
 FLAVOURS = {
     "plain": (),
     "address": (
+        "-O0",  # optimised it compiles three times as long
         "-fsanitize=address,alignment",
         "-fno-sanitize-recover=all",
-        "-fsanitize-sections=cuemu_shared",
         "-fno-omit-frame-pointer",
     ),
     "thread": ("-fsanitize=thread",),
@@ -51,26 +69,43 @@ needs_emulator = pytest.mark.skipif(
     COMPILER is None or os.uname().machine != "x86_64", reason="the emulator of CUDA needs g++ and an x86-64 CPU"
 )
 
+Array = npt.NDArray[Any]
+
 
 class SanitizerError(AssertionError):
     """A function failed under a sanitizer; the message is what it wrote."""
-
-
-def kernel_sources() -> list[Path]:
-    """All CUDA sources of the package."""
-    return sorted((ROOT / "kernels").glob("*/*.cu"))
 
 
 def load(*sources: Path) -> ctypes.CDLL:
     """A library of these sources, of the sanitizer flavour that this process runs under."""
     code = ctypes.CDLL(str(_built(sources, os.environ.get(FLAVOUR, "plain"))))
     code.cuemu_error.restype = ctypes.c_char_p
+    declare(code, *sources)
     return code
+
+
+def launch(code: ctypes.CDLL, operation: str, *arguments: float | Array | None) -> None:
+    """Call hpcprune_cuda_<operation> on the default stream; fail with the emulator's own words unless it succeeded."""
+    given = [address(argument) if isinstance(argument, np.ndarray) else argument for argument in arguments]
+    succeed(code, getattr(code, f"hpcprune_cuda_{operation}")(*given, None))
 
 
 def succeed(code: ctypes.CDLL, status: int) -> None:
     """Fail with the emulator's own words unless a launch succeeded."""
     assert status == 0, f"error {status}: {code.cuemu_error().decode()}"
+
+
+def address(array: Array) -> int:
+    return array.ctypes.data
+
+
+def placed(array: Array, offset: int = 0) -> Array:
+    """A copy that begins `offset` bytes after a multiple of 16, as device memory begins at one, and ends where it ends."""
+    memory = np.empty(offset + array.nbytes, np.uint8)
+    assert memory.ctypes.data % 16 == 0
+    copy = memory[offset:].view(array.dtype).reshape(array.shape)
+    copy[...] = array
+    return copy
 
 
 def under(flavour: str, function: Callable[..., object], *arguments: object, seed: int | None = None) -> None:
@@ -115,7 +150,7 @@ def _built(sources: Sequence[Path], flavour: str) -> Path:
     file = _folder() / f"{'+'.join(source.parent.name + '.' + source.stem for source in sources)}.{flavour}.so"
     if not file.exists():
         unfinished = file.with_suffix(f".{os.getpid()}.tmp")
-        command = [COMPILER, *FLAGS, *FLAVOURS[flavour], "-x", "c++", *map(str, sources), "-o", str(unfinished)]
+        command = [COMPILER, *FLAGS, SHARED, *FLAVOURS[flavour], "-x", "c++", *map(str, sources), "-o", str(unfinished)]
         # The loader needs nothing of a sanitizer that is preloaded here, and the compiler is not to run under it.
         environ = {name: value for name, value in os.environ.items() if name != "LD_PRELOAD"}
         done = subprocess.run(command, env=environ, capture_output=True, text=True)

@@ -1,7 +1,9 @@
-"""CUDA sources compiled by the real nvcc, without a GPU: what ptxas says of each kernel, and launches written down.
+"""CUDA sources compiled by the real nvcc, without a GPU: what ptxas says of each kernel, its instructions, and launches
+written down.
 
-`record(source)` gives a library of the real host code over a runtime that runs nothing (recording_cudart.cpp); call its
-functions with any sizes and any pointers, and `launches` says which grids they asked for.
+`built(source)` is compiled for every architecture, once a session, with every warning an error. `record(source)` is its
+host code over a runtime that runs nothing (recording_cudart.cpp): call its functions with any sizes and any pointers,
+and `launches` says which grids they asked for.
 """
 
 from __future__ import annotations
@@ -16,20 +18,37 @@ import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from math import prod
 from pathlib import Path
 
 import pytest
 
-from hpcprune.native.cuda import find_nvcc
+from hpcprune.native.cuda import find_tool
+from tests.kernels.signatures import declare
 
-__all__ = ["Kernel", "Launch", "compiled", "launches", "needs_nvcc", "record"]
+__all__ = [
+    "ARCHITECTURES",
+    "Kernel",
+    "Launch",
+    "built",
+    "instructions",
+    "launches",
+    "needs_disassembler",
+    "needs_nvcc",
+    "record",
+]
 
-NVCC = find_nvcc(os.environ)
-FLAGS = ("-O3", "-std=c++17", "-shared", "-Xcompiler", "-fPIC")
+NVCC, DISASSEMBLER = (find_tool(tool, os.environ) for tool in ("nvcc", "nvdisasm"))
+ARCHITECTURES = ("sm_80", "sm_90", "sm_100")
+# Its own runtime, whatever other one has been loaded.
+FLAGS = ("-O3", "-std=c++17", "-shared", "-Xcompiler", "-fPIC", "--threads", "0", "-cudart", "none")
+LINKED = ("-Xlinker", "-Bsymbolic", "-Xlinker", "-z,defs")
 STRICT = ("-Xptxas", "-v,-warn-spills", "--Werror", "all-warnings")
 RECORDER = Path(__file__).with_name("recording_cudart.cpp")
 
-needs_nvcc = pytest.mark.skipif(NVCC is None, reason="no nvcc in CUDA_HOME, on PATH or from pip")
+PACKAGES = "on PATH or from pip: pip install 'hpcprune[test]' on x86-64"
+needs_nvcc = pytest.mark.skipif(NVCC is None, reason=f"no nvcc in CUDA_HOME, {PACKAGES}")
+needs_disassembler = pytest.mark.skipif(DISASSEMBLER is None, reason=f"no nvdisasm in CUDA_HOME, {PACKAGES}")
 
 
 @dataclass(frozen=True)
@@ -63,52 +82,70 @@ def _folder() -> Path:
     return made
 
 
-def _run(arguments: Sequence[str | Path]) -> str:
-    assert NVCC is not None
-    libraries = NVCC.parent.parent / "lib"  # where pip's nvcc has them
-    done = subprocess.run([NVCC, f"-L{libraries}", *arguments], capture_output=True, text=True, timeout=600)
+def _run(command: Sequence[str | Path]) -> tuple[str, str]:
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr
-    return done.stderr
+    return done.stdout, done.stderr
 
 
 @lru_cache(maxsize=64)
-def compiled(source: Path, architecture: str) -> tuple[Kernel, ...]:
-    """The kernels of a source, compiled with every warning an error."""
-    folder = _folder() / f"{source.parent.name}.{source.stem}.{architecture}"
-    folder.mkdir(exist_ok=True)
+def _compiled(source: Path) -> tuple[Path, str]:
+    """The folder of what nvcc made, and what it said."""
+    assert NVCC is not None
+    folder = _folder() / f"{source.parent.name}.{source.stem}"
+    folder.mkdir()
+    libraries = NVCC.parent.parent / "lib"  # where pip's nvcc has them
+    codes = [f"-gencode=arch=compute_{name[3:]},code={name}" for name in ARCHITECTURES]
     keep = ("--keep", "--keep-dir", folder)
-    told = _run([*FLAGS, *STRICT, *keep, f"-arch={architecture}", source, "-o", folder / "library.so"])
-    bounds = {}
-    for entry in re.split(r"\.entry ", next(folder.glob("*.ptx")).read_text())[1:]:
-        head = entry.partition("{")[0]
-        threads = re.search(r"\.maxntid (\d+)(?:, (\d+))?(?:, (\d+))?", head)
-        blocks = re.search(r"\.minnctapersm (\d+)", head)
-        product = 1
-        for size in threads.groups() if threads else ():
-            product *= int(size or 1)
-        bounds[head.partition("(")[0].strip()] = (product if threads else None, int(blocks[1]) if blocks else None)
-    kernels = []
+    flags = (f"-L{libraries}", *FLAGS, *LINKED, *STRICT, *codes, *keep)
+    return folder, _run([NVCC, *flags, source, RECORDER, "-o", folder / "library.so"])[1]
+
+
+@lru_cache(maxsize=64)
+def built(source: Path) -> dict[str, dict[str, Kernel]]:
+    """The kernels of a source by architecture and by their mangled names."""
+    folder, told = _compiled(source)
+    bounds = _bounds(next(folder.glob(f"{source.stem}*.ptx")).read_text())
+    kernels: dict[str, dict[str, Kernel]] = {architecture: {} for architecture in ARCHITECTURES}
     for text in re.split(r"Compiling entry function ", told)[1:]:
-        name = re.match(r"'(\w+)'", text)
+        name = re.match(r"'(\w+)' for '(\w+)'", text)
         spills = re.search(r"(\d+) bytes spill stores, (\d+) bytes spill loads", text)
         registers = re.search(r"Used (\d+) registers", text)
         shared = re.search(r"(\d+) bytes smem", text)
         assert name and spills and registers, text
-        spilled = int(spills[1]) + int(spills[2])
-        kernels.append(Kernel(name[1], int(registers[1]), spilled, int(shared[1]) if shared else 0, *bounds[name[1]]))
-    assert {kernel.name for kernel in kernels} == set(bounds)
-    return tuple(kernels)
+        sizes = int(registers[1]), int(spills[1]) + int(spills[2]), int(shared[1]) if shared else 0
+        kernels[name[2]][name[1]] = Kernel(name[1], *sizes, *bounds[name[1]])
+    assert all(set(found) == set(bounds) for found in kernels.values())
+    return kernels
+
+
+def _bounds(ptx: str) -> dict[str, tuple[int | None, int | None]]:
+    """What __launch_bounds__ says of each kernel."""
+    bounds = {}
+    for entry in re.split(r"\.entry ", ptx)[1:]:
+        head = entry.partition("{")[0]
+        threads = re.search(r"\.maxntid (\d+)(?:, (\d+))?(?:, (\d+))?", head)
+        blocks = re.search(r"\.minnctapersm (\d+)", head)
+        product = prod(int(size or 1) for size in threads.groups()) if threads else None
+        bounds[head.partition("(")[0].strip()] = (product, int(blocks[1]) if blocks else None)
+    return bounds
+
+
+@lru_cache(maxsize=64)
+def instructions(source: Path, architecture: str) -> dict[str, str]:
+    """Each kernel's machine code, by its mangled name, as the disassembler writes it."""
+    assert DISASSEMBLER is not None
+    (binary,) = _compiled(source)[0].glob(f"{source.stem}.compute_{architecture[3:]}.cubin")
+    sections = re.split(r"^\s*\.section\s+\.text\.", _run([DISASSEMBLER, binary])[0], flags=re.MULTILINE)[1:]
+    return {re.match(r"\w+", section)[0]: section for section in sections}  # type: ignore[index]
 
 
 @lru_cache(maxsize=64)
 def record(source: Path) -> ctypes.CDLL:
     """A library whose launches are written down."""
-    file = _folder() / f"{source.parent.name}.{source.stem}.recorded.so"
-    # Its own runtime, whatever other one has been loaded.
-    own = ["-cudart", "none", "-Xlinker", "-Bsymbolic", "-Xlinker", "-z,defs"]
-    _run([*FLAGS, *own, "-arch=sm_80", source, RECORDER, "-o", file])
-    code = ctypes.CDLL(str(file))
+    code = ctypes.CDLL(str(_compiled(source)[0] / "library.so"))
     code.recorded_launches.restype = ctypes.c_char_p
+    declare(code, source)
     return code
 
 

@@ -44,6 +44,7 @@ enum Bug {
 constexpr int TILE = 64;
 
 // to[i] is from[i] with each tile of 64 reversed; a short last tile is reversed as if zeros filled it up.
+template <int TILE>
 __global__ void __launch_bounds__(TILE) reverse_tiles(int bug, int64_t count, const float* from, float* to) {
   __shared__ float tile[TILE];
   const int64_t tiles = (count + TILE - 1) / TILE;
@@ -179,6 +180,32 @@ __global__ void __launch_bounds__(32) ask_intrinsics(const unsigned* values, uns
   atomicAdd(total, static_cast<unsigned long long>(value) << 8);
 }
 
+// By how many steps one of two warps was ahead, at most.
+__global__ void __launch_bounds__(64) watch_warps(int steps, unsigned* farthest) {
+  __shared__ int done[2];
+  if (threadIdx.x < 2) done[threadIdx.x] = 0;
+  __syncthreads();
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+  for (int step = 1; step <= steps; ++step) {
+    if (lane == 0) {
+      const int ahead = atomicAdd(&done[warp], 1) + 1 - atomicAdd(&done[1 - warp], 0);
+      atomicMax(farthest, unsigned(max(ahead, 0)));
+    }
+    __syncwarp();
+  }
+}
+
+// A copy of 4 floats a lane, as it is before it is waited for, and after.
+__global__ void __launch_bounds__(32) look_early(const float4* from, float4* early, float4* late) {
+  __shared__ float4 stage[32];
+  const int lane = threadIdx.x;
+  copy_async(&stage[lane], from + lane, true);
+  commit_copies();
+  early[lane] = stage[lane];
+  wait_for_copies<0>();
+  late[lane] = stage[lane];
+}
+
 __global__ void __launch_bounds__(1024) fill(int64_t count, float value, float* to) {
   const int64_t at = (int64_t(blockIdx.z) * gridDim.y + blockIdx.y) * gridDim.x + blockIdx.x;
   if (at < count && threadIdx.x == 0) to[at] = value;
@@ -195,7 +222,7 @@ using namespace hpcprune;
 EXPORT int hpcprune_cuda_reverse_tiles(int bug, int64_t count, const float* from, float* to, void* stream) {
   if (count == 0) return 0;
   const unsigned blocks = blocks_for((count + 2 * TILE - 1) / (2 * TILE));
-  LAUNCH(reverse_tiles, dim3(blocks), dim3(TILE), 0, static_cast<cudaStream_t>(stream), bug, count, from, to);
+  LAUNCH(reverse_tiles<TILE>, dim3(blocks), dim3(TILE), 0, static_cast<cudaStream_t>(stream), bug, count, from, to);
   return int(cudaGetLastError());
 }
 
@@ -232,6 +259,16 @@ EXPORT int hpcprune_cuda_count_values(int bug, int count, const int* values, int
 EXPORT int hpcprune_cuda_ask_intrinsics(const unsigned* values, unsigned* answers, float* sum, unsigned* extremes,
                                         unsigned long long* total, void* stream) {
   LAUNCH(ask_intrinsics, dim3(1), dim3(32), 0, static_cast<cudaStream_t>(stream), values, answers, sum, extremes, total);
+  return int(cudaGetLastError());
+}
+
+EXPORT int hpcprune_cuda_watch_warps(int steps, unsigned* farthest, void* stream) {
+  LAUNCH(watch_warps, dim3(1), dim3(64), 0, static_cast<cudaStream_t>(stream), steps, farthest);
+  return int(cudaGetLastError());
+}
+
+EXPORT int hpcprune_cuda_look_early(const float4* from, float4* early, float4* late, void* stream) {
+  LAUNCH(look_early, dim3(1), dim3(32), 0, static_cast<cudaStream_t>(stream), from, early, late);
   return int(cudaGetLastError());
 }
 

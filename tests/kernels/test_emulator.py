@@ -5,7 +5,6 @@ The kernels are in planted.cu; a bug is planted by its name there.
 
 from __future__ import annotations
 
-import ctypes
 import itertools
 import re
 from collections.abc import Callable, Sequence
@@ -15,44 +14,24 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
-from tests.kernels.emulated import SanitizerError, load, needs_emulator, succeed, under
+from tests.kernels import emulated
+from tests.kernels.emulated import Array, SanitizerError, load, needs_emulator, placed, under
 
 pytestmark = needs_emulator
 
 PLANTED = Path(__file__).with_name("planted.cu")
 BUGS = re.findall(r"^  ([A-Z_]+),$", PLANTED.read_text(), re.MULTILINE)
 
-Array = npt.NDArray[np.generic]
 
-
-def launch(operation: str, *arguments: int | float | Array) -> None:
-    """Call a function of planted.cu: integers as int, unless they are numpy's."""
-    code = load(PLANTED)
-    converted: list[object] = []
-    for argument in arguments:
-        if isinstance(argument, np.ndarray):
-            converted.append(ctypes.c_void_p(argument.ctypes.data))
-        elif isinstance(argument, np.int64):
-            converted.append(ctypes.c_int64(int(argument)))
-        else:
-            converted.append(ctypes.c_float(argument) if isinstance(argument, float) else ctypes.c_int(argument))
-    succeed(code, getattr(code, f"hpcprune_cuda_{operation}")(*converted, None))
-
-
-def aligned(array: Array) -> Array:
-    """A copy that begins at a multiple of 16 bytes and ends where its memory ends."""
-    memory = np.empty(array.nbytes + 16, np.uint8)
-    start = -memory.ctypes.data % 16
-    result = memory[start : start + array.nbytes].view(array.dtype).reshape(array.shape)
-    result[...] = array
-    return result
+def launch(operation: str, *arguments: float | Array) -> None:
+    emulated.launch(load(PLANTED), operation, *arguments)
 
 
 def reverse_tiles(bug: str) -> None:
     count, tile = 200, 64
     values = np.arange(1, count + 1, dtype=np.float32)
     result = np.zeros(count, np.float32)
-    launch("reverse_tiles", BUGS.index(bug), np.int64(count), values, result)
+    launch("reverse_tiles", BUGS.index(bug), count, values, result)
     padded = np.pad(values, (0, -count % tile)).reshape(-1, tile)[:, ::-1].ravel()
     np.testing.assert_array_equal(result, padded[:count])
 
@@ -60,7 +39,7 @@ def reverse_tiles(bug: str) -> None:
 def sum_blocks(bug: str) -> None:
     values = np.arange(300, dtype=np.float32)
     sums = np.zeros(3, np.float32)
-    launch("sum_blocks", BUGS.index(bug), np.int64(values.size), values, sums)
+    launch("sum_blocks", BUGS.index(bug), values.size, values, sums)
     np.testing.assert_array_equal(sums, np.pad(values, (0, 84)).reshape(3, 128).sum(1))
 
 
@@ -68,21 +47,21 @@ def turn_pairs(bug: str) -> None:
     pairs = np.arange(1, 129, dtype=np.float32).reshape(2, 32, 2)
     pairs[1, 31] = 0
     result = np.zeros_like(pairs)
-    launch("turn_pairs", BUGS.index(bug), aligned(pairs), result)
+    launch("turn_pairs", BUGS.index(bug), placed(pairs), result)
     np.testing.assert_array_equal(result, pairs[:, ::-1])
 
 
 def copy_tiles(bug: str) -> None:
-    values = aligned(np.arange(3 * 64 * 4, dtype=np.float32).reshape(3, 64, 4))
-    result = aligned(np.zeros_like(values))
+    values = placed(np.arange(3 * 64 * 4, dtype=np.float32).reshape(3, 64, 4))
+    result = placed(np.zeros_like(values))
     launch("copy_tiles", BUGS.index(bug), 3, values, result)
     np.testing.assert_array_equal(result, values[:, np.arange(64) ^ 1])
 
 
 def copy_equal_tiles(bug: str) -> None:
     """What an earlier copy has left in shared memory is right by chance."""
-    values = aligned(np.ones((4, 64, 4), np.float32))
-    result = aligned(np.zeros_like(values))
+    values = placed(np.ones((4, 64, 4), np.float32))
+    result = placed(np.zeros_like(values))
     launch("copy_tiles", BUGS.index(bug), 4, values, result)
     np.testing.assert_array_equal(result, values)
 
@@ -133,15 +112,6 @@ def multiply_fragments(bug: str) -> None:
 
 
 CHECKS = (reverse_tiles, sum_blocks, turn_pairs, copy_tiles, copy_equal_tiles, count_values, multiply_fragments)
-SEEDS = (None, 1, 2, 3)
-
-
-@pytest.fixture(params=SEEDS)
-def seed(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    if request.param is None:
-        monkeypatch.delenv("CUEMU_SEED", raising=False)
-    else:
-        monkeypatch.setenv("CUEMU_SEED", str(request.param))
 
 
 @pytest.mark.parametrize("check", CHECKS)
@@ -199,18 +169,6 @@ def test_after_a_deadlock_the_next_launch_is_none_the_worse(flavour: str) -> Non
     under(flavour, fail_and_go_on)
 
 
-@pytest.mark.parametrize("bug", ["LAST_BLOCK_WINS", "LAST_THREAD_WINS"])
-def test_an_order_that_matters_is_seen_with_another_seed(bug: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    caught = 0
-    for seed in range(1, 9):
-        monkeypatch.setenv("CUEMU_SEED", str(seed))
-        try:
-            count_values(bug)
-        except AssertionError:
-            caught += 1
-    assert caught >= 4
-
-
 def all_sound() -> None:
     for check in CHECKS:
         check("NONE")
@@ -243,7 +201,7 @@ def test_a_sanitizer_names_the_kernel(flavour: str, check: Callable[[str], None]
 
 
 def test_every_bug_is_tried() -> None:
-    text = Path(__file__).read_text()
+    text = "".join(file.read_text() for file in Path(__file__).parent.glob("test_emulator*.py"))
     assert BUGS[0] == "NONE" and all(f'"{bug}"' in text for bug in BUGS)
 
 
@@ -284,7 +242,7 @@ def fill(grid: Sequence[int], block: Sequence[int], shared: int = 0, allowed: in
     count = int(np.prod(grid))
     filled = np.zeros(min(count, 10**6), np.float32)
     sizes = np.array(grid, np.uint32), np.array(block, np.uint32)
-    launch("fill", *sizes, shared, allowed, np.int64(filled.size), 1.0, filled)
+    launch("fill", *sizes, shared, allowed, filled.size, 1.0, filled)
     return int(filled.sum())
 
 

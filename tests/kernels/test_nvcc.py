@@ -1,34 +1,38 @@
-"""nvcc compiles every CUDA source without a warning or a spill, and no shape makes a launch that CUDA refuses."""
+"""nvcc compiles every CUDA source without a warning or a spill, to the instructions that were meant; and every launch is
+one that CUDA takes, whatever the shape."""
 
 from __future__ import annotations
 
 import ctypes
 import itertools
 import re
+from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
 
-from tests.kernels.emulated import kernel_sources
-from tests.kernels.nvcc import compiled, launches, needs_nvcc, record
+from tests.kernels.emulated import KERNELS
+from tests.kernels.nvcc import ARCHITECTURES, built, instructions, launches, needs_disassembler, needs_nvcc, record
+from tests.kernels.signatures import Function, Parameter, functions
 
 pytestmark = needs_nvcc
 
 PLANTED = Path(__file__).with_name("planted.cu")
-SOURCES = [PLANTED, *kernel_sources()]
-ARCHITECTURES = ("sm_80", "sm_90", "sm_100")
+SOURCES = [PLANTED, *sorted(KERNELS.glob("*/*.cu"))]
 REGISTERS = 64 << 10  # of a multiprocessor, taken by warps in pieces of 256
 SHARED, SHARED_AT_MOST = 48 << 10, 227 << 10
 
 by_source = pytest.mark.parametrize("source", SOURCES, ids=lambda source: f"{source.parent.name}/{source.stem}")
+by_architecture = pytest.mark.parametrize("architecture", ARCHITECTURES)
 
 
 @by_source
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@by_architecture
 def test_every_kernel_fits_its_registers_and_shared_memory(source: Path, architecture: str) -> None:
-    kernels = compiled(source, architecture)
+    kernels = built(source)[architecture]
     assert kernels
-    for kernel in kernels:
+    for kernel in kernels.values():
         assert kernel.spilled == 0, kernel
         assert kernel.registers <= 255, kernel
         assert kernel.shared <= SHARED, kernel
@@ -38,53 +42,99 @@ def test_every_kernel_fits_its_registers_and_shared_memory(source: Path, archite
             assert of_a_warp * warps <= REGISTERS, kernel
 
 
-EXPORTED = re.compile(r"EXPORT int (hpcprune_cuda_\w+)\(([^)]*)\)")
-SIDES = (0, 1, 77, 65535, 65536)  # of a matrix, or samples
+WIDE = r"\bLDG\.E\.(\w+\.)*128\b"  # a load of 128 bits
+MULTIPLY = r"\bHMMA\.16816\.F32\.BF16\b"
+COPY = r"\bLDGSTS\.E\.(\w+\.)*128\b"  # global to shared memory, while the thread goes on
+
+
+@needs_disassembler
+@by_architecture
+@pytest.mark.parametrize(
+    ("source", "kernel", "meant"),
+    [
+        ("spmm/csr.cu", "spmm_few", [WIDE]),
+        ("spmm/csr.cu", "spmm_tile", [WIDE]),
+        ("sddmm/csr.cu", "sddmm_share", [WIDE]),
+        ("spmm/bitmap.cu", "bitmap", [MULTIPLY, COPY]),
+        ("blocks/spmm.cu", "spmm", [MULTIPLY, COPY]),
+        ("blocks/sddmm.cu", "sddmm", [MULTIPLY, COPY]),
+        # Those that take neighbours together.
+        ("survivors/survivors.cu", "zero_pruned.*Li[248]E", [r"\bSTG\.E\.(\w+\.)*128\b"]),
+    ],
+)
+def test_kernels_are_of_the_instructions_that_were_meant(
+    source: str, kernel: str, meant: list[str], architecture: str
+) -> None:
+    found = {
+        name: code for name, code in instructions(KERNELS / source, architecture).items() if re.search(kernel, name)
+    }
+    assert found
+    for name, code in found.items():
+        for instruction in meant:
+            assert re.search(instruction, code), f"{name} has no {instruction}"
+
+
+SIDES = (0, 1, 77, 65535, 65536)
+SIZES = {
+    **dict.fromkeys(("rows", "columns", "batch"), SIDES),
+    "blocks": (0, 1, 65537, (65536 // 16) ** 2),
+    "largest": (8, 9, 72, 136),  # of the groups of bitmap tiles: nothing is left, all is left
+}
 COUNTS = (0, 1, 65537, 65536**2)  # of elements
 KINDS = (0, 1, 2, 3, 4, 8, 16, 32, 64)
 POINTERS = (1 << 40, (1 << 40) + 4)  # with and without the alignment of vectors
+MOST_CALLS = 3000  # of a function
 
 
-def choices(parameter: str) -> list[object]:
-    """What is tried for a parameter of a launcher."""
-    name = re.findall(r"\w+", parameter)[-1]
-    if name == "stream":
-        return [ctypes.c_void_p(0x5EED)]
-    if "*" in parameter:
-        return [ctypes.c_void_p(address) for address in POINTERS]
-    if parameter.startswith("int64_t"):
-        return [ctypes.c_int64(size) for size in (SIDES if name in ("rows", "columns", "batch") else COUNTS)]
-    if parameter.startswith("float"):
-        return [ctypes.c_float(1.0)]
-    return [ctypes.c_int(kind) for kind in KINDS]
+def choices(parameter: Parameter) -> tuple[float, ...]:
+    """What is tried for a parameter of a launcher that is no pointer."""
+    of_type = {"int64_t": COUNTS, "float": (1.0,)}
+    return SIZES.get(parameter.name, of_type.get(parameter.type, KINDS))
+
+
+def sample(function: Function) -> Iterator[list[object]]:
+    """Arguments of all combinations, or of so many drawn from them that any three parameters meet in almost all theirs.
+
+    Pointers are aligned all alike: each on its own would be too many.
+    """
+    tried: list[tuple[float, ...]] = [
+        (0x5EED,) if parameter.name == "stream" else (0,) if parameter.type == "*" else choices(parameter)
+        for parameter in function.parameters
+    ]
+    combinations: Iterator[tuple[float, ...]] = itertools.product(*tried)
+    if np.prod([len(values) for values in tried]) * len(POINTERS) > MOST_CALLS:
+        random = np.random.default_rng(0)
+        columns = [random.integers(0, len(values), MOST_CALLS // len(POINTERS)) for values in tried]
+        combinations = (
+            tuple(values[i] for values, i in zip(tried, row, strict=True)) for row in zip(*columns, strict=True)
+        )
+    for combination in combinations:
+        for pointer in POINTERS:
+            yield [
+                pointer if parameter.type == "*" and parameter.name != "stream" else value
+                for parameter, value in zip(function.parameters, combination, strict=True)
+            ]
 
 
 @by_source
 def test_no_shape_makes_a_launch_that_cuda_refuses(source: Path) -> None:
-    code = record(source)
-    kernels = {kernel.name: kernel for kernel in compiled(source, "sm_80")}
-    for function, signature in EXPORTED.findall(source.read_text()):
-        if function == "hpcprune_cuda_fill":  # takes its grid from its caller
-            continue
-        parameters = [parameter.strip() for parameter in signature.split(",")]
-        pointers = [i for i, parameter in enumerate(parameters) if "*" in parameter and "stream" not in parameter]
-        tried = [choices(parameter) for parameter in parameters]
+    code, kernels = record(source), built(source)["sm_80"]
+    for function in functions(source):
+        if function.name == "hpcprune_cuda_fill" or function.parameters[-1].name != "stream":
+            continue  # takes its grid from its caller, or launches nothing
         launched = 0
-        for alignment in range(len(POINTERS)):
-            for i in pointers:  # all alike: each on its own would be too many
-                tried[i] = [choices(parameters[i])[alignment]]
-            for arguments in itertools.product(*tried):
-                getattr(code, function)(*arguments)
-                for launch in launches(code):
-                    told = f"{function}{[argument.value for argument in arguments]}: {launch}"  # type: ignore[attr-defined]
-                    launched += 1
-                    kernel = kernels[launch.kernel]
-                    threads = launch.block[0] * launch.block[1] * launch.block[2]
-                    assert not launch.wrong, told
-                    assert launch.stream == 0x5EED, told
-                    assert threads <= (kernel.threads or 1024), f"{told}: beyond its __launch_bounds__"
-                    assert kernel.shared + launch.shared <= SHARED_AT_MOST, told
-        assert launched, f"{function} never launches anything"
+        for arguments in sample(function):
+            getattr(code, function.name)(*arguments)
+            for launch in launches(code):
+                told = f"{function.name}{arguments}: {launch}"
+                launched += 1
+                kernel = kernels[launch.kernel]
+                threads = launch.block[0] * launch.block[1] * launch.block[2]
+                assert not launch.wrong, told
+                assert launch.stream == 0x5EED, told
+                assert threads <= (kernel.threads or 1024), f"{told}: beyond its __launch_bounds__"
+                assert kernel.shared + launch.shared <= SHARED_AT_MOST, told
+        assert launched, f"{function.name} never launches anything"
 
 
 def test_a_spill_is_an_error(tmp_path: Path) -> None:
@@ -98,7 +148,7 @@ __global__ void __launch_bounds__(1024, 2) spilling(const float* from, float* to
 }
 """)
     with pytest.raises(AssertionError, match="spill"):
-        compiled(source, "sm_80")
+        built(source)
 
 
 def test_the_recorder_sees_what_was_launched_and_what_is_illegal() -> None:
@@ -106,7 +156,7 @@ def test_the_recorder_sees_what_was_launched_and_what_is_illegal() -> None:
 
     def fill(grid: tuple[int, ...], block: tuple[int, ...], shared: int = 0, allowed: int = 0) -> int:
         sizes = ((ctypes.c_uint * 3)(*size) for size in (grid, block))
-        rest = (ctypes.c_int64(1), ctypes.c_float(0), None, ctypes.c_void_p(0xABC))
+        rest = (1, 0.0, None, 0xABC)
         return int(code.hpcprune_cuda_fill(*sizes, shared, allowed, *rest))
 
     # The first launch of all, before the kernel was allowed more.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 from collections.abc import Sequence
 from typing import Any
 
@@ -11,37 +10,38 @@ import pytest
 
 from hpcprune.native import threshold as cpu
 from hpcprune.native.threshold import View, to_keys
-from tests.kernels.emulated import Array, address, emulated, misaligned
+from tests.kernels.emulated import KERNELS, Array, address, launch, load, needs_emulator, placed, under
 
+pytestmark = needs_emulator
+
+SOURCE = KERNELS / "threshold/threshold.cu"
 SIZES = [0, 1, 7, 63, 64, 65, 1000, 1023, 1025, 5000]
 INFINITY = {np.int16: 0x7C00, np.int32: 0x7F800000, np.int64: 0x7FF << 52}
 INTEGERS = list(INFINITY)
-long = ctypes.c_int64
+LAWS = ["normal", "ties", "special", "all the same"]
 
 
 class Cuda:
     """The functions of threshold.cu, an array after another, `offset` elements from where 128 bits are aligned."""
 
     def __init__(self, parts: Sequence[Array], view: View, offset: int = 0) -> None:
-        self.code = emulated("threshold/threshold.cu")
-        self.parts, self.view, self.offset = [misaligned(part, offset) for part in parts], view, offset
+        self.code = load(SOURCE)
+        self.parts, self.view, self.offset = [placed(part, offset * part.itemsize) for part in parts], view, offset
         self.bits = 8 * parts[0].itemsize
+
+    def each(self, operation: str, *arguments: int | Array) -> None:
+        for part in self.parts:
+            launch(self.code, operation, self.bits, int(self.view), part, part.size, *arguments)
 
     def count_around(self, lo: int, hi: int, infinity: int, capacity: int) -> tuple[list[int], Array]:
         """The five counts, and the buffer of the keys between with a guard of -7 behind its capacity."""
         counts, keys = np.zeros(5, np.int64), np.full(capacity + 100, -7, self.parts[0].dtype)
-        bracket = (long(lo), long(hi), long(infinity), address(keys), long(capacity), address(counts), None)
-        for part in self.parts:
-            data = (self.bits, int(self.view), address(part), long(part.size))
-            assert not self.code.hpcprune_cuda_count_around(*data, *bracket)
+        self.each("count_around", lo, hi, infinity, keys, capacity, counts)
         return counts.tolist(), keys
 
     def histogram(self, lo: int, hi: int, shift: int, bins: int) -> Array:
         result = np.zeros(bins, np.int64)
-        for part in self.parts:
-            data = (self.bits, int(self.view), address(part), long(part.size))
-            place = (long(lo), long(hi), shift, long(bins), address(result), None)
-            assert not self.code.hpcprune_cuda_histogram(*data, *place)
+        self.each("histogram", lo, hi, shift, bins, result)
         return result
 
     def pack(self, threshold: int, cut: int) -> tuple[list[Array], int]:
@@ -49,10 +49,8 @@ class Cuda:
         left, masks = np.array([cut], np.int64), []
         for part in self.parts:
             scratch = np.full((part.size + 1023) // 1024, -1, np.int64)
-            guarded = misaligned(np.full((part.size + 7) // 8 + 4, 0xAA, np.uint8), self.offset)
-            place = (long(threshold), address(left), address(scratch), address(guarded), None)
-            data = (self.bits, int(self.view), address(part), long(part.size))
-            assert not self.code.hpcprune_cuda_pack(*data, *place)
+            guarded = placed(np.full((part.size + 7) // 8 + 4, 0xAA, np.uint8), self.offset)
+            launch(self.code, "pack", self.bits, int(self.view), part, part.size, threshold, left, scratch, guarded)
             assert (guarded[-4:] == 0xAA).all()
             masks.append(guarded[:-4])
         return masks, int(left[0])
@@ -96,7 +94,7 @@ def scores(size: int, integer: Any, law: str) -> Array:
     return np.full(size, 7, integer) if law == "all the same" else floats
 
 
-@pytest.mark.parametrize("law", ["normal", "ties", "special", "all the same"])
+@pytest.mark.parametrize("law", LAWS)
 @pytest.mark.parametrize("view", list(View))
 @pytest.mark.parametrize("integer", INTEGERS)
 def test_the_same_as_on_the_cpu(integer: Any, view: View, law: str) -> None:
@@ -116,11 +114,20 @@ def test_arrays_and_masks_may_begin_anywhere(integer: Any, offset: int) -> None:
     agree([scores(1500, integer, "ties"), scores(70, integer, "special")], View.SIGNED, offset)
 
 
-@pytest.mark.parametrize("seed", ["1", "2", "3"])
-def test_whatever_the_order_of_threads(seed: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("CUEMU_SEED", seed)
+def test_whatever_the_order_of_threads(seed: None) -> None:
     agree([scores(9000, np.int32, "ties")], View.ABSOLUTE)
     agree([scores(9000, np.int16, "normal")], View.SIGNED)
+
+
+def check_some() -> None:
+    for integer in INTEGERS:
+        agree([scores(1500, integer, "ties"), scores(70, integer, "special")], View.SIGNED)
+        agree([scores(2100, integer, "normal")], View.ABSOLUTE, 1)
+
+
+@pytest.mark.parametrize("flavour", ["address", "thread"])
+def test_sanitizers_are_silent(flavour: str) -> None:
+    under(flavour, check_some, seed=1)
 
 
 @pytest.mark.parametrize("integer", INTEGERS)
@@ -156,8 +163,6 @@ def test_more_bins_than_a_block_counts_at_once() -> None:
 
 
 def test_other_types_are_refused() -> None:
-    code, memory = emulated("threshold/threshold.cu"), np.zeros(8, np.int64)
+    code, memory = load(SOURCE), address(np.zeros(8, np.int64))
     for bits, view in ((8, 0), (32, 3)):
-        data = (bits, view, address(memory), long(1))
-        place = (long(0), address(memory), address(memory), address(memory), None)
-        assert code.hpcprune_cuda_pack(*data, *place) == 1
+        assert code.hpcprune_cuda_pack(bits, view, memory, 1, 0, memory, memory, memory, None) == 1
