@@ -52,7 +52,7 @@ def kernel_sources(suffix: str, package: Path | None = None) -> tuple[list[Path]
     for folder in (package / "kernels", package.parent / "kernels"):
         found = sorted(folder.glob(f"*/*{suffix}"))
         if found:
-            return found, sorted(folder.glob("*.h")) + sorted(folder.glob("*/*.h"))
+            return found, sorted([*folder.glob("*.*h"), *folder.glob("*/*.*h")])
     raise UnavailableError(f"no kernels/*/*{suffix} in {package} or beside it: reinstall hpcprune")
 
 
