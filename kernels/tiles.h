@@ -41,11 +41,9 @@ __device__ __forceinline__ uint32_t word(const uint4& four, int i) {
 
 // Allows a kernel more than the 48 KiB of shared memory that it has without being asked for.
 template <class Kernel>
-void allow_shared([[maybe_unused]] Kernel* kernel, [[maybe_unused]] int64_t bytes) {
-#ifndef CUDA_ON_CPU
+void allow_shared(Kernel* kernel, int64_t bytes) {
   if (bytes > 48 << 10)
     cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes));
-#endif
 }
 
 }  // namespace hpcprune
