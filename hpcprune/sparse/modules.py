@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Literal, cast, get_args
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
+from hpcprune.native import launching
 from hpcprune.native.survivors import gather
 from hpcprune.sparse.bitmap import bitmap_of
+from hpcprune.sparse.cuda_linear import CudaKernel, CudaLinear
 from hpcprune.sparse.kernels import FLOATS
 from hpcprune.sparse.ops import bitmap_linear, panels_conv2d, panels_linear
 from hpcprune.sparse.panels import Geometry, lay_out, refill
 from hpcprune.tensors import to_array
 
-__all__ = ["Kernel", "SparseConv2d", "SparseLinear", "sparse_module"]
+__all__ = ["Kernel", "SparseConv2d", "SparseLinear", "on_gpu", "sparse_module"]
 
 Bits = npt.NDArray[np.uint8]
 Kernel = Literal["panels", "bitmap"]
@@ -94,13 +96,19 @@ class SparseConv2d(_Sparse):
         )
 
 
-def sparse_module(dense: nn.Module, bits: Bits, kernel: Kernel = "panels") -> SparseLinear | SparseConv2d | None:
+def sparse_module(
+    dense: nn.Module, bits: Bits, kernel: Kernel | CudaKernel = "panels"
+) -> SparseLinear | SparseConv2d | CudaLinear | None:
     """The sparse module that computes what a dense one does, or None; convolutions have panels only.
 
-    Subclasses are left alone: what they do with their weight is not known.
+    Subclasses are left alone: what they do with their weight is not known. A layer on a GPU takes a CudaKernel.
     """
+    if on_gpu(dense):
+        if type(dense) is nn.Linear and kernel in get_args(CudaKernel):
+            return CudaLinear(dense, bits, cast(CudaKernel, kernel))
+        return None
     if type(dense) is nn.Linear and _fits(dense.weight):
-        return SparseLinear(dense, bits, kernel)
+        return SparseLinear(dense, bits, cast(Kernel, kernel))
     if (
         type(dense) is nn.Conv2d
         and _fits(dense.weight)
@@ -110,6 +118,12 @@ def sparse_module(dense: nn.Module, bits: Bits, kernel: Kernel = "panels") -> Sp
     ):
         return SparseConv2d(dense, bits)
     return None
+
+
+def on_gpu(layer: nn.Module) -> bool:
+    """Whether a layer's weight is there, and CUDA kernels are what it takes."""
+    weight = getattr(layer, "weight", None)
+    return isinstance(weight, Tensor) and weight.device.type == launching.DEVICE
 
 
 def _fits(weight: Tensor) -> bool:

@@ -9,8 +9,8 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from hpcprune.native import launching
 from hpcprune.native.cuda import UnavailableError
-from hpcprune.native.launching import kernels
 from hpcprune.native.survivors import popcount
 from hpcprune.sparse.kernels import SparseError
 
@@ -23,7 +23,7 @@ MOST = (1 << 31) - 1  # survivors
 def need_kernels(device: torch.device) -> None:
     """Raise SparseError where there are no CUDA kernels for a device."""
     try:
-        kernels(device)
+        launching.kernels(device)
     except UnavailableError as why:
         raise SparseError(f"sparse products on {device} need the CUDA kernels: {why}") from None
 

@@ -21,9 +21,7 @@ __all__ = ["device"]
 gpu = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
 
 
-@pytest.fixture(
-    scope="module", params=[pytest.param("cpu", marks=needs_emulator, id="emulated"), pytest.param("cuda", marks=gpu)]
-)
+@pytest.fixture(params=[pytest.param("cpu", marks=needs_emulator, id="emulated"), pytest.param("cuda", marks=gpu)])
 def device(request: pytest.FixtureRequest) -> Iterator[torch.device]:
     found = torch.device(request.param)
     if found.type == "cuda":
