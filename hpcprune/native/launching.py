@@ -14,7 +14,7 @@ from torch import Tensor
 
 from hpcprune.native.cuda import CudaError, check, library
 
-__all__ = ["ask", "kernels", "launch"]
+__all__ = ["DEVICE", "ask", "kernels", "launch"]
 
 DEVICE = "cuda"  # where tensors have to be
 
