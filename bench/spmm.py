@@ -39,6 +39,8 @@ from turns import in_turns
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+import spmm_cuda
+
 import hpcprune
 from hpcprune.masks import Masks
 from hpcprune.native.library import describe
@@ -259,8 +261,12 @@ def main() -> None:
     parser.add_argument("--threads", type=numbers(int), default="1,2")
     parser.add_argument("--no-peers", dest="peers", action="store_false", help="F.linear alone")
     parser.add_argument("--backward", action="store_true", help="both gradients instead")
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="cuda: as bench/spmm_cuda.py")
     parser.add_argument("--model", action="store_true", help="12 MLPs instead")
     args = parser.parse_args()
+    if args.device == "cuda":
+        spmm_cuda.run(args)
+        return
     print(f"kernels {describe()}; torch {torch.__version__}")
     (model if args.model else layers)(args)
 

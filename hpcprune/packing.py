@@ -8,6 +8,7 @@ keeps every weight of a parameter of which nothing is pruned.
 
 from __future__ import annotations
 
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -16,6 +17,9 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from hpcprune.native import launching
+from hpcprune.native.cuda import UnavailableError
+from hpcprune.native.cuda_survivors import CudaMask
 from hpcprune.native.survivors import gather, popcount, update
 from hpcprune.tensors import to_array
 
@@ -66,21 +70,31 @@ class Packed:
     whole = False
 
     def __init__(self, bits: Bits, weights: int, device: torch.device) -> None:
-        """The survivors of `weights` weights by their packed mask; indices are made for devices other than the CPU."""
+        """The survivors of `weights` weights by their packed mask.
+
+        On a GPU the mask does it there, with kernels of ours; without them, and on other devices, indices do.
+        """
         self.length = popcount(bits)
-        self.bits, self._places = bits, None
-        if device.type != "cpu":
+        self.bits, self._places, self._mask = bits, None, None
+        if device.type == launching.DEVICE:
+            with suppress(UnavailableError):
+                self._mask = CudaMask(bits, weights, device)
+        if self._mask is None and device.type != "cpu":
             kept = np.unpackbits(bits, count=weights, bitorder="little")
             self._places = torch.from_numpy(np.flatnonzero(kept)).to(device)
 
     def gather(self, dense: Tensor, out: Tensor) -> None:
-        if self._places is not None:
+        if self._mask is not None:
+            self._mask.gather(dense, out)
+        elif self._places is not None:
             torch.index_select(dense, 0, self._places, out=out)
         else:
             gather(to_array(dense), self.bits, torch.get_num_threads(), to_array(out))
 
     def scatter(self, packed: Tensor, dense: Tensor) -> None:
-        if self._places is not None:
+        if self._mask is not None:
+            self._mask.update(dense, packed)
+        elif self._places is not None:
             dense.index_copy_(0, self._places, packed)
         else:
             update(to_array(dense), self.bits, to_array(packed), torch.get_num_threads())

@@ -19,7 +19,8 @@ from hpcprune.criteria import CRITERIA
 from hpcprune.errors import JobError
 from hpcprune.layers import find_layers
 from hpcprune.masks import Bits, Masks, gather_masks
-from hpcprune.native.survivors import gather, popcount
+from hpcprune.native.survivors import popcount
+from hpcprune.packing import Packed
 from hpcprune.schedule import pruned_count
 from hpcprune.shards import Layer, Span, deal
 from hpcprune.threshold import Threshold, select_survivors
@@ -145,7 +146,7 @@ def _rank_together(
 
 def _scores(parameter: torch.Tensor, span: Span, criterion: str) -> torch.Tensor:
     flat = parameter.detach().reshape(-1)[span.start : span.stop]
-    return CRITERIA[criterion].scores(flat).cpu()
+    return CRITERIA[criterion].scores(flat)
 
 
 def _slice_bits(packed: Bits, span: Span) -> Bits:
@@ -158,8 +159,10 @@ def _slice_bits(packed: Bits, span: Span) -> Bits:
 
 
 def _gather(values: torch.Tensor, bits: Bits) -> torch.Tensor:
-    storage = {8: torch.int64, 4: torch.int32, 2: torch.int16}[values.element_size()]
-    return torch.from_numpy(gather(values.contiguous().view(storage).numpy(), bits)).view(values.dtype)
+    packing = Packed(bits, values.numel(), values.device)
+    found = values.new_empty(packing.length)
+    packing.gather(values.contiguous(), found)
+    return found
 
 
 def _deposit(new: Bits, old: Bits) -> Bits:

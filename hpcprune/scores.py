@@ -9,7 +9,7 @@ import math
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -17,9 +17,13 @@ import numpy.typing as npt
 from hpcprune.errors import ThresholdError
 from hpcprune.native.library import BLOCK
 
-__all__ = ["FORMATS", "Format", "Scores", "bits_of", "value_of", "widen", "widest"]
+if TYPE_CHECKING:
+    from torch import Tensor
+
+__all__ = ["FORMATS", "Format", "Integers", "Scores", "bits_of", "on_host", "value_of", "widen", "widest"]
 
 Array = npt.NDArray[Any]
+Integers: TypeAlias = "Array | Tensor"
 
 
 @dataclass(frozen=True)
@@ -42,29 +46,47 @@ BY_NAME = {form.name: form for form in FORMATS}
 
 @dataclass
 class Scores:
-    """One array: its bits as flat integers, its format, and what to call it."""
+    """One array: its bits as flat integers, on the GPU that it is on or the host, its format, and what to call it."""
 
-    integers: Array
+    integers: Integers
     form: Format
     name: str
 
+    @property
+    def size(self) -> int:
+        """How many there are."""
+        return int(self.integers.shape[0])
+
     def count_nan(self) -> int:
         """How many of them are NaN."""
-        largest = np.iinfo(self.integers.dtype).max
+        largest = np.iinfo(self.form.integer).max
         return sum(
-            int(np.count_nonzero(self.integers[start : start + BLOCK] & largest > self.form.infinity))
-            for start in range(0, self.integers.size, BLOCK)
+            int((self.integers[start : start + BLOCK] & largest > self.form.infinity).sum())
+            for start in range(0, self.size, BLOCK)
         )
 
 
-def bits_of(array: Any, name: str) -> tuple[Array, Format]:
-    """An array's storage as flat integers, without a copy if it is contiguous; and its format."""
+def on_host(integers: Integers) -> Array:
+    """The same integers as an array of numpy's."""
+    return integers if isinstance(integers, np.ndarray) else integers.cpu().numpy()
+
+
+def bits_of(array: Any, name: str) -> tuple[Integers, Format]:
+    """An array's storage as flat integers, without a copy if it is contiguous; and its format.
+
+    A tensor stays on its GPU where there are kernels that can count there.
+    """
     dtype, kind = "", type(array).__name__
     if isinstance(array, tuple) and len(array) == 2:
         array, dtype = array
     torch = sys.modules.get("torch")
     if torch is not None and isinstance(array, torch.Tensor):
+        from hpcprune.native.cuda_threshold import integers_there  # imports torch, which scores alone do not need
+
         dtype = str(array.dtype).removeprefix("torch.")
+        there = integers_there(array) if dtype in BY_NAME else None
+        if there is not None:
+            return there, BY_NAME[dtype]
         array = array.detach().cpu().contiguous()
         array = (array.view(torch.int16) if dtype == "bfloat16" else array).numpy()
     if isinstance(array, np.ndarray):

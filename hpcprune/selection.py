@@ -16,8 +16,9 @@ import numpy as np
 import numpy.typing as npt
 
 from hpcprune.errors import ThresholdError
-from hpcprune.native.threshold import View, count_around, histogram, pack, to_keys
-from hpcprune.scores import FORMATS, Format, Scores, bits_of, widen
+from hpcprune.native import threshold
+from hpcprune.native.threshold import View, count_around, histogram, to_keys
+from hpcprune.scores import FORMATS, Format, Integers, Scores, bits_of, on_host, widen
 
 __all__ = ["Group"]
 
@@ -55,7 +56,7 @@ class Group:
     size: int = field(init=False)
 
     def __post_init__(self) -> None:
-        self.size = sum(part.integers.size for part in self.parts)
+        self.size = sum(part.size for part in self.parts)
 
     @classmethod
     def of(cls, index: int, arrays: Sequence[Any], k: int, names: Sequence[str], absolute: bool) -> Group:
@@ -84,29 +85,33 @@ class Group:
     def cut(self) -> int:
         return self.k - self.base
 
-    def pieces(self) -> Iterator[tuple[list[Array], list[tuple[int, int]]]]:
-        """This rank's scores in the group's format: arrays for one call, and each one's (part, start)."""
-        filled = [(number, part) for number, part in enumerate(self.parts) if part.integers.size]
-        if filled and all(part.form == self.form for _, part in filled):
+    def pieces(self) -> Iterator[tuple[list[Integers], list[tuple[int, int]]]]:
+        """This rank's scores in the group's format: arrays of one place for one call, and each one's (part, start)."""
+        filled = [(number, part) for number, part in enumerate(self.parts) if part.size]
+        places = {getattr(part.integers, "device", None) for _, part in filled}
+        if len(places) == 1 and all(part.form == self.form for _, part in filled):
             yield [part.integers for _, part in filled], [(number, 0) for number, _ in filled]
             return
         for number, part in filled:
-            for start in range(0, part.integers.size, WIDEN_BLOCK):
-                piece = part.integers[start : start + WIDEN_BLOCK]
+            if part.form == self.form and not isinstance(part.integers, np.ndarray):
+                yield [part.integers], [(number, 0)]
+                continue
+            for start in range(0, part.size, WIDEN_BLOCK):
+                piece = on_host(part.integers[start : start + WIDEN_BLOCK])
                 yield [widen(piece, part.form, self.form)], [(number, start)]
 
     def sample(self, wanted: int) -> Array:
         """Keys from `wanted` equal stretches of this rank's scores, at a random but repeatable place in each."""
-        ends = np.cumsum([part.integers.size for part in self.parts], dtype=np.int64)
+        ends = np.cumsum([part.size for part in self.parts], dtype=np.int64)
         jitter = np.random.default_rng(wanted).random(wanted) if wanted < self.size else np.zeros(wanted)
         places = ((np.arange(wanted) + jitter) * (self.size / max(wanted, 1))).astype(np.int64).clip(max=self.size - 1)
         found = [np.empty(0, self.form.integer)]
         for part, end in zip(self.parts, ends, strict=True):
-            if not part.integers.size:
+            if not part.size:
                 continue  # of a format, perhaps, that no score has, and that the group's does not hold
-            start = end - part.integers.size
+            start = end - part.size
             first, last = np.searchsorted(places, (start, end))
-            inside = part.integers[places[first:last] - start]
+            inside = on_host(part.integers[places[first:last] - start])
             found.append(to_keys(widen(inside, part.form, self.form), self.view))
         return np.concatenate(found)
 
@@ -131,7 +136,8 @@ class Group:
         kept: list[Array] = [np.empty(0, self.form.integer)]
         for arrays, _ in self.pieces():
             left = capacity - int(counts[2])
-            found = count_around(arrays, self.view, self.lo, self.hi, self.form.infinity, max(left, 0), threads)
+            bracket = self.lo, self.hi, self.form.infinity
+            found = _passes(arrays).count_around(arrays, self.view, *bracket, max(left, 0), threads)
             dropped = int(found.keys is None)
             counts += (found.below, found.at_lo, found.between, found.at_hi, dropped)
             nan = nan or found.nan
@@ -167,7 +173,7 @@ class Group:
             return histogram([self.keys], View.KEYS, self.lo, self.hi, shift, bins, threads)
         result = np.zeros(bins, np.int64)
         for arrays, _ in self.pieces():
-            result += histogram(arrays, self.view, self.lo, self.hi, shift, bins, threads)
+            result += _passes(arrays).histogram(arrays, self.view, self.lo, self.hi, shift, bins, threads)
         return result
 
     def narrow(self, shift: int, own: npt.NDArray[np.int64], everywhere: npt.NDArray[np.int64]) -> None:
@@ -211,10 +217,19 @@ class Group:
 
     def pack(self, cut: int, threads: int | None) -> list[Bits]:
         """This rank's masks, with the first `cut` of this rank's ties gone."""
-        masks = [np.zeros((part.integers.size + 7) // 8, np.uint8) for part in self.parts]
+        masks = [np.zeros((part.size + 7) // 8, np.uint8) for part in self.parts]
         left = -1 if cut >= self.own_ties else cut
         for arrays, places in self.pieces():
-            left = pack(
+            left = _passes(arrays).pack(
                 arrays, [masks[number][start // 8 :] for number, start in places], self.view, self.key, left, threads
             )
         return masks
+
+
+def _passes(arrays: Sequence[Integers]) -> Any:
+    """The module that counts over such arrays: numpy's, or tensors on a GPU."""
+    if isinstance(arrays[0], np.ndarray):
+        return threshold
+    from hpcprune.native import cuda_threshold  # imports torch
+
+    return cuda_threshold

@@ -145,7 +145,7 @@ def _find(groups: Sequence[Group], world: World, limits: Limits, threads: int | 
     for row, group in zip(present, groups, strict=True):
         row[0] = group.size > 0
         for part in group.parts:
-            row[1 + FORMATS.index(part.form)] += part.integers.size
+            row[1 + FORMATS.index(part.form)] += part.size
     present = world.allreduce(present, "threshold: sizes")
     for row, group in zip(present, groups, strict=True):
         group.total = int(row[1:].sum())
@@ -263,7 +263,7 @@ def _raise_nan(groups: Sequence[Group], world: World) -> None:
         for number, part in enumerate(group.parts):
             where = f" of rank {world.rank}" if world.size > 1 else ""
             name = part.name or f"array {number}" + (f" of group {group.index}" if len(groups) > 1 else "") + where
-            mine.append((name, part.count_nan(), part.integers.size))
+            mine.append((name, part.count_nan(), part.size))
     found: dict[str, tuple[int, int]] = {}
     for name, nans, size in (row for rows in world.allgather(mine, "threshold: NaN") for row in rows):
         before = found.get(name, (0, 0))

@@ -146,6 +146,8 @@ def _load(file: Path) -> ctypes.CDLL:
                 integer,
                 [integer] * 2 + [long] * 3 + [pointer] * 5 + [long, pointer, integer, pointer],
             ),
+            ("bitmap_tiles_plan", long, [pointer, long, long, pointer, pointer]),
+            ("bitmap_tiles_fill", None, [pointer, long, long, pointer, pointer, pointer, integer]),
         ):
             function = getattr(code, f"hpcprune_{name}")
             function.restype, function.argtypes = result, arguments

@@ -17,9 +17,11 @@ import torch
 from torch import Tensor, nn
 
 from hpcprune.masks import Masks
+from hpcprune.sparse.cuda_linear import CudaKernel, kernels_to_try
 from hpcprune.sparse.held import Bits, Kernel, fit
 from hpcprune.sparse.kernels import FLOATS, SparseError, kernels
-from hpcprune.sparse.modules import sparse_module
+from hpcprune.sparse.modules import on_gpu, sparse_module
+from hpcprune.sparse.operands import need_kernels
 
 __all__ = ["Choice", "Sparsified", "sparsify", "time_in_turns", "watched_inputs"]
 
@@ -75,20 +77,22 @@ def sparsify(
     The weights of a layer that was replaced take memory for its survivors only. The result says for each layer what was
     measured; what has no sparse counterpart is not listed. Nothing is replaced where there are no compiled kernels.
     """
+    candidates = {name: module for name, module in model.named_modules() if f"{name}.weight" in masks}
     try:
         kernels()
+        for device in {layer.weight.device for layer in candidates.values() if on_gpu(layer)}:
+            need_kernels(device)
     except SparseError as why:
         return Sparsified((), torch.get_num_threads(), None, None, False, str(why))
     was_training = model.training
     model.eval()
-    candidates = {name: module for name, module in model.named_modules() if f"{name}.weight" in masks}
     inputs = _rows(candidates, samples) if infer is None else watched_inputs(candidates, infer)
     choices, replaced = [], {}
     for name, dense in candidates.items():
         calls = inputs.get(name, [])
         bits = masks.bits(f"{name}.weight")
-        timed: list[tuple[float, float, Kernel, nn.Module]] = []
-        for kernel in _tried(dense, bits, calls):
+        timed: list[tuple[float, float, str, nn.Module]] = []
+        for kernel in _kernels_to_try(dense, bits, calls) if calls else ():
             sparse = sparse_module(dense, bits, kernel)
             if sparse is not None:
                 timed.append((*_time_layer(dense, sparse.eval(), calls), kernel, sparse))
@@ -106,18 +110,17 @@ def sparsify(
     return Sparsified(tuple(choices), torch.get_num_threads(), *found)
 
 
-def _tried(dense: nn.Module, bits: Bits, calls: Sequence[Tensor]) -> list[Kernel]:
-    """The kernels worth timing for a layer that is called so."""
-    if not calls:
-        return []
+def _kernels_to_try(dense: nn.Module, bits: Bits, calls: Sequence[Tensor]) -> Sequence[Kernel | CudaKernel]:
+    if on_gpu(dense):
+        return kernels_to_try(dense, bits, calls) if isinstance(dense, nn.Linear) else ()
     if not isinstance(dense, nn.Linear):
-        return ["panels"]
+        return ("panels",)
     return fit(bits, dense.out_features, dense.in_features, max(call[..., 0].numel() for call in calls))
 
 
 def _rows(layers: Mapping[str, nn.Module], samples: int) -> dict[str, list[Tensor]]:
     return {
-        name: [torch.randn(samples, layer.in_features, dtype=layer.weight.dtype)]
+        name: [torch.randn(samples, layer.in_features, dtype=layer.weight.dtype, device=layer.weight.device)]
         for name, layer in layers.items()
         if isinstance(layer, nn.Linear)
     }
@@ -130,7 +133,7 @@ def watched_inputs(layers: Mapping[str, nn.Module], infer: Callable[[], object])
     def watch(name: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
         def called(module: nn.Module, arguments: tuple[Any, ...]) -> None:
             if len(arguments) == 1 and isinstance(arguments[0], Tensor) and arguments[0].dtype in FLOATS:
-                found[name].append(torch.randn(arguments[0].shape, dtype=arguments[0].dtype))
+                found[name].append(torch.randn_like(arguments[0], memory_format=torch.contiguous_format))
 
         return called
 
@@ -161,16 +164,23 @@ def time_in_turns(first: Callable[[], object], second: Callable[[], object]) -> 
     repeats, seconds = [], ([], [])  # type: list[int], tuple[list[float], list[float]]
     for contender in (first, second):
         contender()
-        start = time.perf_counter()
+        start = _now()
         contender()
-        repeats.append(max(1, round(LEAST / max(1e-7, time.perf_counter() - start))))
+        repeats.append(max(1, round(LEAST / max(1e-7, _now() - start))))
     for _ in range(TURNS):
         for contender, count, own in zip((first, second), repeats, seconds, strict=True):
-            start = time.perf_counter()
+            start = _now()
             for _ in range(count):
                 contender()
-            own.append((time.perf_counter() - start) / count)
+            own.append((_now() - start) / count)
     return median(seconds[0]), median(seconds[1])
+
+
+def _now() -> float:
+    """Seconds, when a GPU that is in use has done what it was told."""
+    if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+        torch.cuda.synchronize()
+    return time.perf_counter()
 
 
 def _swap_if_faster(

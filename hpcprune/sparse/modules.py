@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
-import numpy as np
-import numpy.typing as npt
+from typing import cast, get_args
+
 import torch
 from torch import Tensor, nn
 
+from hpcprune.native import launching
 from hpcprune.native.survivors import gather
-from hpcprune.sparse.held import LINEAR, Kernel, hold
+from hpcprune.sparse.cuda_linear import CudaKernel, CudaLinear
+from hpcprune.sparse.held import LINEAR, Bits, Kernel, hold
 from hpcprune.sparse.kernels import FLOATS
 from hpcprune.sparse.ops import panels_conv2d
 from hpcprune.sparse.panels import Geometry
 from hpcprune.tensors import to_array
 
-__all__ = ["SparseConv2d", "SparseLinear", "sparse_module"]
-
-Bits = npt.NDArray[np.uint8]
+__all__ = ["SparseConv2d", "SparseLinear", "on_gpu", "sparse_module"]
 
 
 class _Sparse(nn.Module):
@@ -83,13 +83,19 @@ class SparseConv2d(_Sparse):
         )
 
 
-def sparse_module(dense: nn.Module, bits: Bits, kernel: Kernel = "panels") -> SparseLinear | SparseConv2d | None:
+def sparse_module(
+    dense: nn.Module, bits: Bits, kernel: Kernel | CudaKernel = "panels"
+) -> SparseLinear | SparseConv2d | CudaLinear | None:
     """The sparse module that computes what a dense one does, or None; convolutions have panels only.
 
-    Subclasses are left alone: what they do with their weight is not known.
+    Subclasses are left alone: what they do with their weight is not known. A layer on a GPU takes a CudaKernel.
     """
+    if on_gpu(dense):
+        if type(dense) is nn.Linear and kernel in get_args(CudaKernel):
+            return CudaLinear(dense, bits, cast(CudaKernel, kernel))
+        return None
     if type(dense) is nn.Linear and _fits(dense.weight):
-        return SparseLinear(dense, bits, kernel)
+        return SparseLinear(dense, bits, cast(Kernel, kernel))
     if (
         type(dense) is nn.Conv2d
         and _fits(dense.weight)
@@ -99,6 +105,12 @@ def sparse_module(dense: nn.Module, bits: Bits, kernel: Kernel = "panels") -> Sp
     ):
         return SparseConv2d(dense, bits)
     return None
+
+
+def on_gpu(layer: nn.Module) -> bool:
+    """Whether a layer's weight is there, and CUDA kernels are what it takes."""
+    weight = getattr(layer, "weight", None)
+    return isinstance(weight, Tensor) and weight.device.type == launching.DEVICE
 
 
 def _fits(weight: Tensor) -> bool:

@@ -18,10 +18,14 @@ from torch.nn import functional
 
 from hpcprune.masks import Masks
 from hpcprune.packing import Bits, Packed
+from hpcprune.sparse import csr
 from hpcprune.sparse.choose import time_in_turns, watched_inputs
+from hpcprune.sparse.cuda_ops import csr_survivors_linear
 from hpcprune.sparse.kernels import FLOATS, SparseError, kernels
+from hpcprune.sparse.modules import on_gpu
+from hpcprune.sparse.operands import need_kernels
 from hpcprune.sparse.ops import survivors_linear
-from hpcprune.sparse.panels import Panels, lay_out
+from hpcprune.sparse.panels import lay_out
 from hpcprune.survivors import Survivors
 
 __all__ = ["SparseTraining", "faster_layers"]
@@ -38,8 +42,8 @@ class SparseTraining:
             if segment.leaf is not None:
                 layer = model.get_submodule(segment.name.rpartition(".")[0])
                 assert isinstance(layer, nn.Linear) and isinstance(segment.packing, Packed)
-                layouts = _layouts(segment.packing.bits, layer)
-                vars(layer)["forward"] = partial(_product, segment.leaf, layer.bias, *layouts)
+                product = _product_with(segment.packing.bits, layer)
+                vars(layer)["forward"] = partial(product, segment.leaf, layer.bias)
                 self._layers.append(layer)
 
     def close(self) -> None:
@@ -49,17 +53,40 @@ class SparseTraining:
         self._layers = []
 
 
-def _layouts(bits: Bits, layer: nn.Linear) -> tuple[Panels, Panels]:
+def _product_with(bits: Bits, layer: nn.Linear) -> Callable[[Tensor, Tensor | None, Tensor], Tensor]:
+    """The layer's product as a function of its survivors, its bias and x."""
+    if on_gpu(layer):
+        return _on_gpu(bits, layer)
     rows, columns = layer.weight.shape
-    return lay_out(bits, rows, columns), lay_out(bits, rows, columns, transposed=True)
+    own, across = lay_out(bits, rows, columns), lay_out(bits, rows, columns, transposed=True)
 
+    def product(survivors: Tensor, bias: Tensor | None, x: Tensor) -> Tensor:
+        layouts = (own.layout, own.order, across.layout, across.order)
+        found: Tensor = survivors_linear(_cast(x), survivors, bias, *layouts, own.rows)
+        return found
 
-def _product(survivors: Tensor, bias: Tensor | None, own: Panels, across: Panels, x: Tensor) -> Tensor:
-    if torch.is_autocast_enabled("cpu"):
-        x = x.to(torch.get_autocast_dtype("cpu"))
-    layouts = (own.layout, own.order, across.layout, across.order)
-    product: Tensor = survivors_linear(x, survivors, bias, *layouts, own.rows)
     return product
+
+
+def _on_gpu(bits: Bits, layer: nn.Linear) -> Callable[[Tensor, Tensor | None, Tensor], Tensor]:
+    """As CSR; never run on a GPU, but by the emulator."""
+    (rows, columns), device = layer.weight.shape, layer.weight.device
+    own, across = (csr.lay_out(bits, rows, columns, device, transposed=way) for way in (False, True))
+
+    def product(survivors: Tensor, bias: Tensor | None, x: Tensor) -> Tensor:
+        layouts = (own.start, own.column, own.row_order, across.start, across.column, across.row_order, across.order)
+        found: Tensor = csr_survivors_linear(_cast(x), survivors, bias, *layouts)
+        return found
+
+    return product
+
+
+def _cast(x: Tensor) -> Tensor:
+    """As autocast has it, where it is on and to a dtype that kernels take."""
+    if not torch.is_autocast_enabled(x.device.type):
+        return x
+    chosen = torch.get_autocast_dtype(x.device.type)
+    return x.to(chosen) if chosen in FLOATS else x
 
 
 def faster_layers(model: nn.Module, masks: Masks, step: Callable[[], object]) -> list[str]:
@@ -77,6 +104,8 @@ def faster_layers(model: nn.Module, masks: Masks, step: Callable[[], object]) ->
     inputs = watched_inputs(layers, step)
     try:
         kernels()
+        for device in {layer.weight.device for layer in layers.values() if on_gpu(layer)}:
+            need_kernels(device)
     except SparseError:
         return []
     return [name for name, layer in layers.items() if inputs[name] and _faster(layer, masks, name, inputs[name])]
@@ -86,7 +115,7 @@ def _can_be_sparse(module: nn.Module) -> TypeGuard[nn.Linear]:
     return (
         type(module) is nn.Linear
         and module.weight.requires_grad
-        and module.weight.device.type == "cpu"
+        and (module.weight.device.type == "cpu" or on_gpu(module))
         and module.weight.dtype in FLOATS
     )
 
@@ -95,7 +124,7 @@ def _faster(layer: nn.Linear, masks: Masks, name: str, calls: Collection[Tensor]
     weight = layer.weight.detach().requires_grad_()
     survivors = weight.detach().flatten()[masks[name].flatten()].requires_grad_()
     bias = None if layer.bias is None else layer.bias.detach().requires_grad_()
-    product = partial(_product, survivors, bias, *_layouts(masks.bits(name), layer))
+    product = partial(_product_with(masks.bits(name), layer), survivors, bias)
 
     def dense() -> None:
         for call in calls:

@@ -9,6 +9,7 @@ import pytest
 from hpcprune.errors import HpcpruneError
 from hpcprune.native.library import library
 from hpcprune.sparse.kernels import kernels
+from tests.kernels.devices import device as device
 
 PATHS = ("avx512", "avx2", "portable", "numpy")
 

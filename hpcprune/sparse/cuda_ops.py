@@ -1,0 +1,228 @@
+"""The sparse products on a GPU as torch operators: those of CSR, bitmap tiles and BSR.
+
+As in `ops`: `csr_linear`, `bitmap_tiles_linear` and `bsr_linear` are for inference and know no gradient;
+`csr_survivors_linear` and `bsr_survivors_linear` are for training, with the packed survivors as weights and their own
+gradient alone. They are registered for CUDA alone, with `register` for what a test has in its place.
+
+None of this was ever run on a GPU; tests run it with the emulator.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hpcprune.sparse import bitmap_tiles, bsr, csr
+
+__all__ = [
+    "bitmap_tiles_linear",
+    "bsr_linear",
+    "bsr_survivors_linear",
+    "csr_linear",
+    "csr_survivors_linear",
+    "register",
+]
+
+
+def _flat(x: Tensor) -> Tensor:
+    return x.reshape(-1, x.shape[-1]).contiguous()
+
+
+def _float(bias: Tensor | None) -> Tensor | None:
+    return None if bias is None else bias.float()
+
+
+def _shaped(product: Tensor, x: Tensor) -> Tensor:
+    return product.view(*x.shape[:-1], product.shape[-1])
+
+
+def _csr(
+    x: Tensor, start: Tensor, column: Tensor, row_order: Tensor, value: Tensor, bias: Tensor | None, columns: int
+) -> Tensor:
+    return _shaped(csr.multiply(_flat(x), start, column, row_order, value, _float(bias), columns), x)
+
+
+def _csr_sampled(x: Tensor, gradient: Tensor, start: Tensor, column: Tensor, columns: int) -> Tensor:
+    return csr.sampled(_flat(x), _flat(gradient.to(x.dtype)), start, column, columns)
+
+
+def _csr_survivors(
+    x: Tensor,
+    survivors: Tensor,
+    bias: Tensor | None,
+    start: Tensor,
+    column: Tensor,
+    row_order: Tensor,
+    start_t: Tensor,
+    column_t: Tensor,
+    row_order_t: Tensor,
+    order_t: Tensor,
+) -> Tensor:
+    return _csr(x, start, column, row_order, survivors, bias, start_t.shape[0] - 1)
+
+
+def _bitmap_tiles(
+    x: Tensor, start: Tensor, groups: Tensor, bias: Tensor | None, rows: int, columns: int, largest: int
+) -> Tensor:
+    return _shaped(bitmap_tiles.multiply(_flat(x), start, groups, _float(bias), rows, columns, largest), x)
+
+
+def _bsr(
+    x: Tensor, start: Tensor, column: Tensor, value: Tensor, bias: Tensor | None, rows: int, columns: int
+) -> Tensor:
+    return _shaped(bsr.multiply(_flat(x), start, column, value, _float(bias), rows, columns), x)
+
+
+def _bsr_sampled(x: Tensor, gradient: Tensor, row: Tensor, column: Tensor, order: Tensor, survivors: int) -> Tensor:
+    return bsr.sampled(_flat(x), _flat(gradient.to(x.dtype)), row, column, order, survivors)
+
+
+def _bsr_survivors(
+    x: Tensor,
+    survivors: Tensor,
+    bias: Tensor | None,
+    start: Tensor,
+    row: Tensor,
+    column: Tensor,
+    order: Tensor,
+    start_t: Tensor,
+    column_t: Tensor,
+    order_t: Tensor,
+    rows: int,
+    columns: int,
+) -> Tensor:
+    return _bsr(x, start, column, bsr.refill(order, survivors), bias, rows, columns)
+
+
+def _csr_like(x: Tensor, start: Tensor, *operands: Any) -> Tensor:
+    return x.new_empty(*x.shape[:-1], start.shape[0] - 1)
+
+
+def _csr_sampled_like(x: Tensor, gradient: Tensor, start: Tensor, column: Tensor, columns: int) -> Tensor:
+    return x.new_empty(column.shape[0], dtype=torch.float32)
+
+
+def _csr_survivors_like(x: Tensor, survivors: Tensor, bias: Tensor | None, start: Tensor, *layout: Tensor) -> Tensor:
+    return x.new_empty(*x.shape[:-1], start.shape[0] - 1)
+
+
+def _bitmap_tiles_like(
+    x: Tensor, start: Tensor, groups: Tensor, bias: Tensor | None, rows: int, columns: int, largest: int
+) -> Tensor:
+    return x.new_empty(*x.shape[:-1], rows)
+
+
+def _rows_before_columns_like(x: Tensor, *operands: Any) -> Tensor:
+    return x.new_empty(*x.shape[:-1], operands[-2])
+
+
+def _survivors_like(x: Tensor, *operands: Any) -> Tensor:
+    return x.new_empty(operands[-1], dtype=torch.float32)
+
+
+def _keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.save_for_backward(*(each for each in inputs if not isinstance(each, int)))
+    ctx.sizes = [each for each in inputs if isinstance(each, int)]
+
+
+def _of_bias(gradient: Tensor, bias: Tensor | None) -> Tensor | None:
+    return None if bias is None else _flat(gradient).sum(0, dtype=torch.float32).to(bias.dtype)
+
+
+def _csr_backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+    x, survivors, bias, start, column, _, start_t, column_t, row_order_t, order_t = ctx.saved_tensors
+    needs_x, needs_survivors, needs_bias, *_ = ctx.needs_input_grad
+    ops = torch.ops.hpcprune
+    of_x = of_survivors = of_bias = None
+    if needs_x:
+        value = survivors.index_select(0, order_t)
+        of_x = ops.csr_linear(gradient, start_t, column_t, row_order_t, value, None, start.shape[0] - 1)
+    if needs_survivors:
+        of_survivors = ops.csr_sampled(x, gradient, start, column, x.shape[-1]).to(survivors.dtype)
+    if needs_bias:
+        of_bias = _of_bias(gradient, bias)
+    return of_x, of_survivors, of_bias, *[None] * 7
+
+
+def _bsr_backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+    x, survivors, bias, _, row, column, order, start_t, column_t, order_t = ctx.saved_tensors
+    needs_x, needs_survivors, needs_bias, *_ = ctx.needs_input_grad
+    rows, columns = ctx.sizes
+    ops = torch.ops.hpcprune
+    of_x = of_survivors = of_bias = None
+    if needs_x:
+        of_x = ops.bsr_linear(gradient, start_t, column_t, bsr.refill(order_t, survivors), None, columns, rows)
+    if needs_survivors:
+        of_survivors = ops.bsr_sampled(x, gradient, row, column, order, survivors.shape[0]).to(survivors.dtype)
+    if needs_bias:
+        of_bias = _of_bias(gradient, bias)
+    return of_x, of_survivors, of_bias, *[None] * 9
+
+
+# Schema, what computes it, what knows its result's shape.
+OPERATORS: tuple[tuple[str, Any, Any], ...] = (
+    (
+        "csr_linear(Tensor x, Tensor start, Tensor column, Tensor row_order, Tensor value, Tensor? bias, int columns) "
+        "-> Tensor",
+        _csr,
+        _csr_like,
+    ),
+    (
+        "csr_sampled(Tensor x, Tensor gradient, Tensor start, Tensor column, int columns) -> Tensor",
+        _csr_sampled,
+        _csr_sampled_like,
+    ),
+    (
+        "csr_survivors_linear(Tensor x, Tensor survivors, Tensor? bias, Tensor start, Tensor column, Tensor row_order, "
+        "Tensor start_t, Tensor column_t, Tensor row_order_t, Tensor order_t) -> Tensor",
+        _csr_survivors,
+        _csr_survivors_like,
+    ),
+    (
+        "bitmap_tiles_linear(Tensor x, Tensor start, Tensor groups, Tensor? bias, int rows, int columns, int largest) "
+        "-> Tensor",
+        _bitmap_tiles,
+        _bitmap_tiles_like,
+    ),
+    (
+        "bsr_linear(Tensor x, Tensor start, Tensor column, Tensor value, Tensor? bias, int rows, int columns) "
+        "-> Tensor",
+        _bsr,
+        _rows_before_columns_like,
+    ),
+    (
+        "bsr_sampled(Tensor x, Tensor gradient, Tensor row, Tensor column, Tensor order, int survivors) -> Tensor",
+        _bsr_sampled,
+        _survivors_like,
+    ),
+    (
+        "bsr_survivors_linear(Tensor x, Tensor survivors, Tensor? bias, Tensor start, Tensor row, Tensor column, "
+        "Tensor order, Tensor start_t, Tensor column_t, Tensor order_t, int rows, int columns) -> Tensor",
+        _bsr_survivors,
+        _rows_before_columns_like,
+    ),
+)
+_torch: Any = torch.library  # it has no types
+
+
+def register(library: Any, device: str) -> None:
+    """Have the operators computed on a kind of device, for as long as the torch.library.Library given lives."""
+    for schema, compute, _ in OPERATORS:
+        library.impl(schema.partition("(")[0], compute, device)
+
+
+_library = _torch.Library("hpcprune", "FRAGMENT")  # torch forgets the operators when this goes
+for _schema, _, _like in OPERATORS:
+    _library.define(_schema)
+    _torch.register_fake(f"hpcprune::{_schema.partition('(')[0]}")(_like)
+register(_library, "CUDA")
+_torch.register_autograd("hpcprune::csr_survivors_linear", _csr_backward, setup_context=_keep)
+_torch.register_autograd("hpcprune::bsr_survivors_linear", _bsr_backward, setup_context=_keep)
+
+bitmap_tiles_linear = torch.ops.hpcprune.bitmap_tiles_linear
+bsr_linear = torch.ops.hpcprune.bsr_linear
+bsr_survivors_linear = torch.ops.hpcprune.bsr_survivors_linear
+csr_linear = torch.ops.hpcprune.csr_linear
+csr_survivors_linear = torch.ops.hpcprune.csr_survivors_linear

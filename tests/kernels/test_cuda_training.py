@@ -1,0 +1,60 @@
+"""Retraining with layers that are sparse on a GPU: the steps are those of dense layers, but for the order of sums."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import hpcprune
+from hpcprune.sparse import training
+from hpcprune.sparse.training import faster_layers
+from tests.test_sparse_training import NAMES, Single, both, told, weights
+
+
+@pytest.fixture
+def products(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> list[torch.dtype]:
+    """The dtypes of what CSR products gave."""
+    if device.type == "cuda":
+        pytest.skip("the task of these tests trains on the CPU")
+    found: list[torch.dtype] = []
+    own = training.csr_survivors_linear
+
+    def counted(*arguments: Any) -> Tensor:
+        product: Tensor = own(*arguments)
+        found.append(product.dtype)
+        return product
+
+    monkeypatch.setattr(training, "csr_survivors_linear", counted)
+    return found
+
+
+def test_steps_are_those_of_dense_layers(products: list[torch.dtype]) -> None:
+    ours, theirs = both(Single(), NAMES)
+    for number in range(5):
+        own, other = (begun.trainer.step(number, False) for begun in (ours, theirs))
+        assert own.loss == pytest.approx(other.loss, rel=1e-4)
+    for begun in (ours, theirs):
+        begun.trainer.close()
+    torch.testing.assert_close(weights(ours.model), weights(theirs.model), rtol=1e-3, atol=1e-5)
+    assert products == 2 * 5 * [torch.float32]
+
+
+def test_autocast_computes_in_bfloat16(products: list[torch.dtype]) -> None:
+    ours, theirs = both(Single(), NAMES, autocast=True)
+    for number in range(3):
+        own, other = (begun.trainer.step(number, False) for begun in (ours, theirs))
+        assert own.loss == pytest.approx(other.loss, rel=2e-2)
+    assert set(products) == {torch.bfloat16}
+
+
+def test_layers_that_are_faster_by_themselves_are_found(
+    products: list[torch.dtype], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = Single().model()
+    masks = hpcprune.prune(model, 0.7)
+    told(monkeypatch, (1.0, 0.95), (1.0, 0.5))
+    assert faster_layers(model, masks, lambda: model(torch.randn(3, 6))) == ["2.weight"]
+    assert len(products) == 2
