@@ -8,9 +8,9 @@
 //   - shared memory that is read before it is written, or before its asynchronous copy was waited for: it holds NaN, -1
 //   - a launch over CUDA's limits
 //
-// and, where the compiler is told, accesses out of bounds (-fsanitize=address) and races
-// (-fsanitize=thread). Blocks run one after the other, and the thread sanitizer looks at each and the next one: of two
-// that race, and are apart in one order, another seed brings them together.
+// and, where the compiler is told, accesses out of bounds (-fsanitize=address) and races (-fsanitize=thread). Blocks
+// run one after the other, and the thread sanitizer looks at each and the next one: of two that race, and are apart in
+// one order, another seed brings them together.
 //
 //   g++ -O2 -std=c++17 -DCUDA_ON_CPU -fdata-sections -Wl,-T,kernels/emulator/shared.ld -x c++ -shared -fPIC file.cu
 //

@@ -1,9 +1,9 @@
 """CUDA sources on the CPU: compiled against kernels/emulator, loaded, and run under sanitizers.
 
-A test gives `launch` a library of `load` and numpy's arrays. `under("address", check, 37, 64)` runs the function `check`
-of a test module again in a process of its own, where `load` gives a library that AddressSanitizer watches: a sanitizer
-must be there before Python is. "address" sees accesses out of bounds and vectors that are not aligned, "thread" races.
-Every library is built once a session.
+A test gives `launch` a library of `load` and numpy's arrays. `under("address", check, 37, 64)` runs the function
+`check` of a test module again in a process of its own, where `load` gives a library that AddressSanitizer watches: a
+sanitizer must be there before Python is. "address" sees accesses out of bounds and vectors that are not aligned,
+"thread" races. Every library is built once a session.
 """
 
 from __future__ import annotations
@@ -100,7 +100,7 @@ def address(array: Array) -> int:
 
 
 def placed(array: Array, offset: int = 0) -> Array:
-    """A copy that begins `offset` bytes after a multiple of 16, as device memory begins at one, and ends where it ends."""
+    """A copy that begins `offset` bytes after a multiple of 16, as device memory does, and ends where memory ends."""
     memory = np.empty(offset + array.nbytes, np.uint8)
     assert memory.ctypes.data % 16 == 0
     copy = memory[offset:].view(array.dtype).reshape(array.shape)

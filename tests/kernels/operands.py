@@ -1,4 +1,4 @@
-"""Matrices that tests multiply: floats as kernels have them in memory, masks by a law, and how close a product must be."""
+"""Matrices that tests multiply: floats as kernels have them, masks by a law, and how close a product must be."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The plain C functions of a kernel's source, read from its text: what ctypes must be told, and what a sweep can try."""
+"""The plain C functions of a kernel's source, read from its text: for ctypes, and for sweeps over what they take."""
 
 from __future__ import annotations
 

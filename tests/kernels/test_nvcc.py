@@ -1,5 +1,5 @@
-"""nvcc compiles every CUDA source without a warning or a spill, to the instructions that were meant; and every launch is
-one that CUDA takes, whatever the shape."""
+"""nvcc compiles every CUDA source without a warning or a spill, to the instructions that were meant; and a launch of
+any shape is one that CUDA takes."""
 
 from __future__ import annotations
 
