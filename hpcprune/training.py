@@ -139,7 +139,7 @@ class Retraining(Training):
     """Whether the survivors' gradients are packed, or all gradients travel; auto tries both in a few steps at the start
     of a round where more than an eighth of the weights survive, and packs below."""
     sparse: Literal["auto", "never"] = "never"
-    """Whether pruned Linear layers compute with their survivors alone, forward and backward, on the CPU; auto does
+    """Whether pruned Linear layers compute with their survivors alone, forward and backward; auto does
     where it was faster in steps tried at the start of a round, and then two runs may differ in their last bits."""
     top_k: TopK | None = None
     """Where given, only the largest of the survivors' gradients travel; needs sgd without nesterov."""

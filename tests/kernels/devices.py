@@ -14,7 +14,7 @@ import torch
 from hpcprune.native import launching
 from hpcprune.native.cuda import UnavailableError
 from hpcprune.sparse import cuda_ops
-from tests.kernels.emulated import kernel_sources, load, needs_emulator
+from tests.kernels.emulated import KERNELS, load, needs_emulator
 
 __all__ = ["device"]
 
@@ -32,7 +32,7 @@ def device(request: pytest.FixtureRequest) -> Iterator[torch.device]:
             pytest.skip(str(why))
         yield found
         return
-    code = load(*kernel_sources())
+    code = load(*sorted(KERNELS.glob("*/*.cu")))
     library = torch.library.Library("hpcprune", "IMPL")  # type: ignore[no-untyped-call]
     cuda_ops.register(library, "CPU")
     with pytest.MonkeyPatch.context() as patched:

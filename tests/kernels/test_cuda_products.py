@@ -119,6 +119,7 @@ def test_csr(
     weights = pruned(device, of_weights, rows, columns)
     bits, survivors = mask_of(weights), weights[weights != 0]
     own, across = (csr.lay_out(bits, rows, columns, device, transposed=way) for way in (False, True))
+    assert (own.start.diff()[own.row_order.long()].diff() <= 0).all(), "the longest rows come first"
     bias = torch.randn(rows, device=device)
     for batch in BATCHES:
         x = torch.randn(batch, columns, device=device).to(of_samples)
