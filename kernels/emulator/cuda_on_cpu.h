@@ -6,6 +6,7 @@
 //   - threads of a block that wait at different barriers, or for each other, or for some that have exited
 //   - lanes of a warp that meet at different intrinsics, or with different masks; a shuffle from a lane that is not there
 //   - shared memory that is read before it is written, or before its asynchronous copy was waited for: it holds NaN, -1
+//   - an access where no memory is
 //   - a launch over CUDA's limits
 //
 // and, where the compiler is told, accesses out of bounds (-fsanitize=address) and races (-fsanitize=thread). Blocks

@@ -8,6 +8,7 @@
 #include <tuple>
 
 #include "block.h"
+#include "faults.h"
 #include "limits.h"
 #include "memory.h"
 #include "warp.h"
@@ -61,6 +62,7 @@ CUEMU_UNSEEN void launch(const char* name, void (*kernel)(Parameters...), dim3 g
   const char* seed = std::getenv("CUEMU_SEED");
   Random random(seed ? std::strtoull(seed, nullptr, 10) : 0);
   block.random = seed ? &random : nullptr;
+  const Faults faults;
   reserve_dynamic(dynamic);
   run_blocks(dynamic);
   release_dynamic(dynamic);

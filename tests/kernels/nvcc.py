@@ -96,7 +96,7 @@ def _compiled(source: Path) -> tuple[Path, str]:
     folder.mkdir()
     libraries = NVCC.parent.parent / "lib"  # where pip's nvcc has them
     codes = [f"-gencode=arch=compute_{name[3:]},code={name}" for name in ARCHITECTURES]
-    keep = ("--keep", "--keep-dir", folder)
+    keep = ("--keep", "--keep-dir", str(folder))
     flags = (f"-L{libraries}", *FLAGS, *LINKED, *STRICT, *codes, *keep)
     return folder, _run([NVCC, *flags, source, RECORDER, "-o", folder / "library.so"])[1]
 

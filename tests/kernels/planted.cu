@@ -15,6 +15,7 @@ enum Bug {
   OFF_BY_ONE_IN_SHARED,
   OFF_BY_ONE_IN_DYNAMIC,
   MISALIGNED,
+  WILD_ADDRESS,
   DIVERGENT_BARRIER,
   DIFFERENT_BARRIERS,
   BARRIER_AFTER_EXIT,
@@ -96,6 +97,7 @@ __global__ void __launch_bounds__(64) turn_pairs(int bug, const float2* from, fl
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   const float2* at = from + threadIdx.x;
   if (bug == MISALIGNED) at = reinterpret_cast<const float2*>(reinterpret_cast<const float*>(at) + 1);
+  if (bug == WILD_ADDRESS && threadIdx.x == 40) at += int64_t(1) << 40;
   pairs[warp][lane] = threadIdx.x == 63 ? make_float2(0.0f, 0.0f) : *at;
   if (bug != MISSING_SYNCWARP) __syncwarp();
   to[threadIdx.x] = pairs[warp][31 - lane];

@@ -8,11 +8,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
-import numpy.typing as npt
 import pytest
 
 from tests.kernels.emulated import KERNELS, Array, launch, load, needs_emulator, placed, under
-from tests.kernels.operands import assert_close, kept, normal, spoiled, wide
+from tests.kernels.operands import Exact, assert_close, kept, normal, spoiled, wide
 
 pytestmark = needs_emulator
 
@@ -68,11 +67,11 @@ def check_gradient(w: Blocks, x: Array, dy: Array, offset: int = 0) -> None:
     side, gradient = w.side, spoiled(*w.value.shape, dtype="float32", offset=offset)
     launch(load(SDDMM), "block_sddmm", side, *w.shape, w.row, w.column, len(w.row), x, dy, len(x), gradient)
 
-    def blocks(matrix: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+    def blocks(matrix: Exact) -> Exact:
         padded = np.zeros((-(-w.shape[0] // side) * side, -(-w.shape[1] // side) * side))
         padded[: w.shape[0], : w.shape[1]] = matrix
         cut = padded.reshape(padded.shape[0] // side, side, padded.shape[1] // side, side)
-        return cut.transpose(0, 2, 1, 3)[w.row, w.column]
+        return np.asarray(cut.transpose(0, 2, 1, 3)[w.row, w.column])
 
     assert_close(gradient, blocks(wide(dy).T @ wide(x)), blocks(abs(wide(dy)).T @ abs(wide(x))), len(x))
 

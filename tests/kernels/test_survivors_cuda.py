@@ -54,7 +54,8 @@ def mask(length: int, density: float) -> Array:
 
 def random(length: int, element: Any) -> Array:
     size = np.dtype(element).itemsize
-    return np.random.default_rng(1).integers(1, 255, length * size, np.uint8).view(element)
+    drawn: Array = np.random.default_rng(1).integers(1, 255, length * size, np.uint8)
+    return drawn.view(element)
 
 
 def agree(bits: Array, length: int, element: Any, offset: int = 0) -> None:
