@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from rich.console import Console
 
 from hpcprune.checkpoint import read
@@ -182,6 +183,14 @@ def test_a_full_or_read_only_folder_is_a_warning(monkeypatch: pytest.MonkeyPatch
 def test_more_ranks_than_cores_is_a_warning(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(World, "_local", (0, 4096))
     assert machine.check_cores(World.alone())[0].status == "warn"
+
+
+def test_where_gpus_are_the_kernels_for_them_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    monkeypatch.setenv("HPCPRUNE_CUDA", "off")
+    (finding,) = machine.check_cuda(World.alone())
+    assert finding.status == "ok" and "kernels none: turned off by HPCPRUNE_CUDA=off" in finding.found
 
 
 # Launchers

@@ -69,11 +69,14 @@ def check_cores(world: World) -> list[Finding]:
 
 
 def check_cuda(world: World) -> list[Finding]:
+    """The GPUs that torch sees, and which kernels of ours there are for them."""
     import torch
+
+    from hpcprune.native.cuda import describe
 
     if torch.cuda.is_available():
         names = ", ".join(torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count()))
-        return [Finding("ok", "CUDA", f"{torch.version.cuda}: {names}")]
+        return [Finding("ok", "CUDA", f"{torch.version.cuda}: {names}; kernels {describe()}")]
     if torch.version.cuda is None:
         why = "this torch is built for the CPU (an NVIDIA GPU needs another: https://pytorch.org/get-started)"
     else:

@@ -43,18 +43,12 @@ void tile(const Layout& w, int64_t first, int64_t last, Pack pack_x, const void*
     const int64_t start = p * w.panel, columns = std::min(w.panel, w.columns - start);
     if (samples < SAMPLES) std::fill_n(panel, columns * SAMPLES, 0.0f);
     pack_x(x, start, w.columns, samples, columns, panel, SAMPLES);
-    for (int64_t c = first; c < last; ++c) {
-      int64_t at = w.start[p * w.chunks + c] * GROUP;
+    each_group(w, p, first, last, [=](int64_t c, const uint8_t* row, int64_t at, int64_t length) {
       const float* base = lines + (c - first) * CHUNK * SAMPLES;
-      const int64_t stop = w.last_group(p, c);
-      for (int64_t g = w.first_group(p, c); g < stop; ++g) {
-        const uint8_t* row = w.row + g * GROUP;
-        const float* const from[4] = {base + row[0] * SAMPLES, base + row[1] * SAMPLES, base + row[2] * SAMPLES,
-                                      base + row[3] * SAMPLES};
-        four_rows<Vector, COUNT>(w.column<Column>() + at, w.length[g], panel, from, value + at);
-        at += w.length[g] * GROUP;
-      }
-    }
+      const float* const from[4] = {base + row[0] * SAMPLES, base + row[1] * SAMPLES, base + row[2] * SAMPLES,
+                                    base + row[3] * SAMPLES};
+      four_rows<Vector, COUNT>(w.column<Column>() + at, length, panel, from, value + at);
+    });
   }
 }
 

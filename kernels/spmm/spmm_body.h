@@ -29,18 +29,12 @@ void tile(const Layout& w, const Value* value, const Part& part, Read read_x, co
     const int64_t columns = std::min(w.panel, w.columns - start);
     if (part.samples < SAMPLES) std::fill_n(panel, columns * SAMPLES, 0.0f);
     read_x(operand, part.image, part.sample, part.samples, start, columns, panel, SAMPLES);
-    for (int64_t c = part.first; c < part.last; ++c) {
-      int64_t at = w.start[p * w.chunks + c] * GROUP;
+    each_group(w, p, part.first, part.last, [=](int64_t c, const uint8_t* row, int64_t at, int64_t length) {
       float* base = sums + (c - part.first) * CHUNK * SAMPLES;
-      const int64_t stop = w.last_group(p, c);
-      for (int64_t g = w.first_group(p, c); g < stop; ++g) {
-        const uint8_t* row = w.row + g * GROUP;
-        float* const to[4] = {base + row[0] * SAMPLES, base + row[1] * SAMPLES, base + row[2] * SAMPLES,
-                              base + row[3] * SAMPLES};
-        four_rows<Vector, COUNT>(w.column<Column>() + at, value + at, w.length[g], panel, to);
-        at += w.length[g] * GROUP;
-      }
-    }
+      float* const to[4] = {base + row[0] * SAMPLES, base + row[1] * SAMPLES, base + row[2] * SAMPLES,
+                            base + row[3] * SAMPLES};
+      four_rows<Vector, COUNT>(w.column<Column>() + at, value + at, length, panel, to);
+    });
   }
 }
 
