@@ -13,10 +13,8 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from hpcprune.native.pool import pool
-from hpcprune.native.survivors import popcount
 from hpcprune.sparse import kernels
-from hpcprune.sparse.kernels import SparseError, done, is_half
+from hpcprune.sparse.kernels import SparseError, count_survivors
 from hpcprune.sparse.patterns import SIDES, mask_rows
 
 __all__ = ["Blocks", "lay_out", "multiply", "sampled"]
@@ -51,16 +49,13 @@ def lay_out(bits: npt.NDArray[np.uint8], rows: int, columns: int, side: int, *, 
     """
     if side not in SIDES:
         raise SparseError(f"blocks of {side} x {side}; there are kernels for sides of {', '.join(map(str, SIDES))}")
-    if bits.size != (rows * columns + 7) // 8:
-        raise SparseError(f"{bits.size} bytes of mask for {rows} x {columns} weights; (weights + 7) // 8 are needed")
+    survivors = count_survivors(bits, rows, columns)
     heights, widths = _sides(rows, side), _sides(columns, side)
     kept = np.array([mask_rows(bits, columns, row, row + 1)[0, ::side] for row in range(0, rows, side)])
     lengths = kept @ widths  # of every row of a row of blocks
-    survivors = int(lengths @ heights)
-    if survivors != popcount(bits):
-        raise SparseError(f"{popcount(bits):,} weights survive, not the {survivors:,} of whole blocks {side} x {side}")
-    if survivors >= 1 << 31:
-        raise SparseError(f"{survivors:,} weights survive in one layer; 2,147,483,647 at most")
+    whole = int(lengths @ heights)
+    if survivors != whole:
+        raise SparseError(f"{survivors:,} weights survive, not the {whole:,} of whole blocks {side} x {side}")
     first = np.cumsum(lengths * heights) - lengths * heights
     before = np.cumsum(kept * widths, 1) - kept * widths
     r, c = np.nonzero(kept)
@@ -99,27 +94,8 @@ def sampled(x: Tensor, gradient: Tensor, start: Tensor, column: Tensor, order: T
     Args:
         x: [batch, columns]. gradient: [batch, rows], with respect to the product. Of one dtype, contiguous.
     """
-    packed = torch.empty(survivors, dtype=torch.float32)
-    code, level = kernels.kernels()
-    done(
-        code.hpcprune_blocks_gradient(
-            level,
-            is_half("x", x),
-            order.shape[-1],
-            gradient.shape[1],
-            x.shape[1],
-            start.data_ptr(),
-            column.data_ptr(),
-            order.data_ptr(),
-            x.data_ptr(),
-            gradient.data_ptr(),
-            x.shape[0],
-            packed.data_ptr(),
-            torch.get_num_threads(),
-            pool(),
-        )
-    )
-    return packed
+    matrix = order.shape[-1], gradient.shape[1], x.shape[1], start.data_ptr(), column.data_ptr(), order.data_ptr()
+    return kernels.sample("hpcprune_blocks_gradient", matrix, x, gradient, survivors)
 
 
 def _sides(length: int, side: int) -> npt.NDArray[np.int64]:

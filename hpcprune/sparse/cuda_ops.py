@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from hpcprune.sparse import bitmap_tiles, bsr, csr
+from hpcprune.sparse.operators import Operator, compute_on, define, flat, float_bias, of_bias, shaped
 
 __all__ = [
     "bitmap_tiles_linear",
@@ -26,26 +27,14 @@ __all__ = [
 ]
 
 
-def _flat(x: Tensor) -> Tensor:
-    return x.reshape(-1, x.shape[-1]).contiguous()
-
-
-def _float(bias: Tensor | None) -> Tensor | None:
-    return None if bias is None else bias.float()
-
-
-def _shaped(product: Tensor, x: Tensor) -> Tensor:
-    return product.view(*x.shape[:-1], product.shape[-1])
-
-
 def _csr(
     x: Tensor, start: Tensor, column: Tensor, row_order: Tensor, value: Tensor, bias: Tensor | None, columns: int
 ) -> Tensor:
-    return _shaped(csr.multiply(_flat(x), start, column, row_order, value, _float(bias), columns), x)
+    return shaped(csr.multiply(flat(x), start, column, row_order, value, float_bias(bias), columns), x)
 
 
 def _csr_sampled(x: Tensor, gradient: Tensor, start: Tensor, column: Tensor, columns: int) -> Tensor:
-    return csr.sampled(_flat(x), _flat(gradient.to(x.dtype)), start, column, columns)
+    return csr.sampled(flat(x), flat(gradient.to(x.dtype)), start, column, columns)
 
 
 def _csr_survivors(
@@ -66,17 +55,17 @@ def _csr_survivors(
 def _bitmap_tiles(
     x: Tensor, start: Tensor, groups: Tensor, bias: Tensor | None, rows: int, columns: int, largest: int
 ) -> Tensor:
-    return _shaped(bitmap_tiles.multiply(_flat(x), start, groups, _float(bias), rows, columns, largest), x)
+    return shaped(bitmap_tiles.multiply(flat(x), start, groups, float_bias(bias), rows, columns, largest), x)
 
 
 def _bsr(
     x: Tensor, start: Tensor, column: Tensor, value: Tensor, bias: Tensor | None, rows: int, columns: int
 ) -> Tensor:
-    return _shaped(bsr.multiply(_flat(x), start, column, value, _float(bias), rows, columns), x)
+    return shaped(bsr.multiply(flat(x), start, column, value, float_bias(bias), rows, columns), x)
 
 
 def _bsr_sampled(x: Tensor, gradient: Tensor, row: Tensor, column: Tensor, order: Tensor, survivors: int) -> Tensor:
-    return bsr.sampled(_flat(x), _flat(gradient.to(x.dtype)), row, column, order, survivors)
+    return bsr.sampled(flat(x), flat(gradient.to(x.dtype)), row, column, order, survivors)
 
 
 def _bsr_survivors(
@@ -127,23 +116,19 @@ def _keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     ctx.sizes = [each for each in inputs if isinstance(each, int)]
 
 
-def _of_bias(gradient: Tensor, bias: Tensor | None) -> Tensor | None:
-    return None if bias is None else _flat(gradient).sum(0, dtype=torch.float32).to(bias.dtype)
-
-
 def _csr_backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
     x, survivors, bias, start, column, _, start_t, column_t, row_order_t, order_t = ctx.saved_tensors
     needs_x, needs_survivors, needs_bias, *_ = ctx.needs_input_grad
     ops = torch.ops.hpcprune
-    of_x = of_survivors = of_bias = None
+    of_x = of_survivors = of_its_bias = None
     if needs_x:
         value = survivors.index_select(0, order_t)
         of_x = ops.csr_linear(gradient, start_t, column_t, row_order_t, value, None, start.shape[0] - 1)
     if needs_survivors:
         of_survivors = ops.csr_sampled(x, gradient, start, column, x.shape[-1]).to(survivors.dtype)
     if needs_bias:
-        of_bias = _of_bias(gradient, bias)
-    return of_x, of_survivors, of_bias, *[None] * 7
+        of_its_bias = of_bias(gradient, bias)
+    return of_x, of_survivors, of_its_bias, *[None] * 7
 
 
 def _bsr_backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
@@ -151,18 +136,17 @@ def _bsr_backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
     needs_x, needs_survivors, needs_bias, *_ = ctx.needs_input_grad
     rows, columns = ctx.sizes
     ops = torch.ops.hpcprune
-    of_x = of_survivors = of_bias = None
+    of_x = of_survivors = of_its_bias = None
     if needs_x:
         of_x = ops.bsr_linear(gradient, start_t, column_t, bsr.refill(order_t, survivors), None, columns, rows)
     if needs_survivors:
         of_survivors = ops.bsr_sampled(x, gradient, row, column, order, survivors.shape[0]).to(survivors.dtype)
     if needs_bias:
-        of_bias = _of_bias(gradient, bias)
-    return of_x, of_survivors, of_bias, *[None] * 9
+        of_its_bias = of_bias(gradient, bias)
+    return of_x, of_survivors, of_its_bias, *[None] * 9
 
 
-# Schema, what computes it, what knows its result's shape.
-OPERATORS: tuple[tuple[str, Any, Any], ...] = (
+OPERATORS: tuple[Operator, ...] = (
     (
         "csr_linear(Tensor x, Tensor start, Tensor column, Tensor row_order, Tensor value, Tensor? bias, int columns) "
         "-> Tensor",
@@ -209,14 +193,11 @@ _torch: Any = torch.library  # it has no types
 
 def register(library: Any, device: str) -> None:
     """Have the operators computed on a kind of device, for as long as the torch.library.Library given lives."""
-    for schema, compute, _ in OPERATORS:
-        library.impl(schema.partition("(")[0], compute, device)
+    compute_on(library, OPERATORS, device)
 
 
-_library = _torch.Library("hpcprune", "FRAGMENT")  # torch forgets the operators when this goes
-for _schema, _, _like in OPERATORS:
-    _library.define(_schema)
-    _torch.register_fake(f"hpcprune::{_schema.partition('(')[0]}")(_like)
+_library = _torch.Library("hpcprune", "FRAGMENT")
+define(_library, OPERATORS)
 register(_library, "CUDA")
 _torch.register_autograd("hpcprune::csr_survivors_linear", _csr_backward, setup_context=_keep)
 _torch.register_autograd("hpcprune::bsr_survivors_linear", _bsr_backward, setup_context=_keep)

@@ -7,15 +7,19 @@ from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
 from hpcprune.errors import HpcpruneError
 from hpcprune.native.library import library
 from hpcprune.native.pool import pool
+from hpcprune.native.survivors import popcount
 
-__all__ = ["FLOATS", "SparseError", "done", "is_half", "kernels", "multiply"]
+__all__ = ["FLOATS", "SparseError", "count_survivors", "done", "is_half", "kernels", "multiply", "sample"]
 
+MOST = (1 << 31) - 1  # survivors of a layer
 FLOATS = (torch.float32, torch.bfloat16)
 
 
@@ -71,6 +75,35 @@ def multiply(
         )
     )
     return y
+
+
+def sample(kernel: str, matrix: Sequence[int], x: Tensor, gradient: Tensor, survivors: int) -> Tensor:
+    """The gradient of the survivors alone, of those of gradient^T x, by a kernel: packed, float32.
+
+    Args:
+        matrix: the kernel's arguments for W.
+        x: [batch, columns]. gradient: [batch, rows], with respect to the product. Of one dtype, contiguous.
+    """
+    packed = torch.empty(survivors, dtype=torch.float32)
+    code, level = kernels()
+    half, threads = is_half("x", x), torch.get_num_threads()
+    operands = x.data_ptr(), gradient.data_ptr(), x.shape[0], packed.data_ptr()
+    done(getattr(code, kernel)(level, half, *matrix, *operands, threads, pool()))
+    return packed
+
+
+def count_survivors(bits: npt.NDArray[np.uint8], rows: int, columns: int) -> int:
+    """How many weights survive; SparseError where bits are no mask of W [rows, columns], or 32 bits do not count them.
+
+    Args:
+        bits: W's packed mask, (rows * columns + 7) // 8 bytes.
+    """
+    if bits.size != (rows * columns + 7) // 8:
+        raise SparseError(f"{bits.size} bytes of mask for {rows} x {columns} weights; (weights + 7) // 8 are needed")
+    survivors = popcount(bits)
+    if survivors > MOST:
+        raise SparseError(f"{survivors:,} weights survive in one layer; {MOST:,} at most")
+    return survivors
 
 
 def done(status: int) -> None:

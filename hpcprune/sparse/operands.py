@@ -11,13 +11,11 @@ from torch import Tensor
 
 from hpcprune.native import launching
 from hpcprune.native.cuda import UnavailableError
-from hpcprune.native.survivors import popcount
-from hpcprune.sparse.kernels import SparseError
+from hpcprune.sparse.kernels import SparseError, count_survivors
 
 __all__ = ["LONGEST", "check_mask", "check_operand", "need_kernels"]
 
 LONGEST = 1 << 20  # rows or columns: within what grids of blocks and 32-bit offsets can say
-MOST = (1 << 31) - 1  # survivors
 
 
 def need_kernels(device: torch.device) -> None:
@@ -32,12 +30,7 @@ def check_mask(bits: npt.NDArray[np.uint8], rows: int, columns: int) -> int:
     """How many weights survive; SparseError where bits are not the mask of a matrix that kernels can take."""
     if max(rows, columns) > LONGEST:
         raise SparseError(f"{rows:,} x {columns:,} weights; {LONGEST:,} rows and columns at most on a GPU")
-    if bits.size != (rows * columns + 7) // 8:
-        raise SparseError(f"{bits.size} bytes of mask for {rows} x {columns} weights; (weights + 7) // 8 are needed")
-    survivors = popcount(bits)
-    if survivors > MOST:
-        raise SparseError(f"{survivors:,} weights survive in one layer; {MOST:,} at most")
-    return survivors
+    return count_survivors(bits, rows, columns)
 
 
 def check_operand(name: str, tensor: Tensor | None, shape: Sequence[int], like: Tensor, *dtypes: torch.dtype) -> None:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from hpcprune.sparse import bitmap, blocks, panels, two_of_four
+from hpcprune.sparse.operators import Operator, compute_on, define, flat, float_bias, of_bias, shaped
 from hpcprune.sparse.panels import Geometry, convolve, refill, sampled
 
 __all__ = [
@@ -32,38 +33,22 @@ def _linear(multiply: Callable[..., Tensor]) -> Callable[..., Tensor]:
 
     def product(x: Tensor, *operands: Any) -> Tensor:
         *matrix, bias, rows = operands
-        y = multiply(_flat(x), *matrix, None if bias is None else bias.float(), rows)
-        return y if x.dim() == 2 else y.view(*x.shape[:-1], rows)
+        return shaped(multiply(flat(x), *matrix, float_bias(bias), rows), x)
 
     return product
 
 
-def _conv2d(
-    x: Tensor,
-    layout: Tensor,
-    value: Tensor,
-    bias: Tensor | None,
-    rows: int,
-    kernel: list[int],
-    stride: list[int],
-    padding: list[int],
-    dilation: list[int],
-) -> Tensor:
+_panels_linear = _linear(panels.multiply)
+
+
+def _conv2d(x: Tensor, layout: Tensor, value: Tensor, bias: Tensor | None, rows: int, *geometry: list[int]) -> Tensor:
     images = x.reshape(-1, *x.shape[-3:]).contiguous()
-    geometry = Geometry(kernel, stride, padding, dilation)
-    product = convolve(images, layout, value, None if bias is None else bias.float(), rows, geometry)
+    product = convolve(images, layout, value, float_bias(bias), rows, Geometry(*geometry))
     return product.view(*x.shape[:-3], *product.shape[-3:])
 
 
-def _flat(x: Tensor) -> Tensor:
-    # A small layer takes 10 us, of which calls that do nothing would be 3.
-    if x.dim() == 2 and x.is_contiguous():
-        return x
-    return x.reshape(-1, x.shape[-1]).contiguous()
-
-
 def _sampled(x: Tensor, gradient: Tensor, layout: Tensor, order: Tensor, survivors: int) -> Tensor:
-    return sampled(_flat(x), _flat(gradient.to(x.dtype)), layout, order, survivors)
+    return sampled(flat(x), flat(gradient.to(x.dtype)), layout, order, survivors)
 
 
 def _survivors_linear(
@@ -76,7 +61,7 @@ def _survivors_linear(
     order_t: Tensor,
     rows: int,
 ) -> Tensor:
-    return _linear(panels.multiply)(x, layout, refill(order, survivors), bias, rows)
+    return _panels_linear(x, layout, refill(order, survivors), bias, rows)
 
 
 def _product_like(x: Tensor, *operands: Any) -> Tensor:
@@ -84,17 +69,9 @@ def _product_like(x: Tensor, *operands: Any) -> Tensor:
 
 
 def _conv2d_like(
-    x: Tensor,
-    layout: Tensor,
-    value: Tensor,
-    bias: Tensor | None,
-    rows: int,
-    kernel: list[int],
-    stride: list[int],
-    padding: list[int],
-    dilation: list[int],
+    x: Tensor, layout: Tensor, value: Tensor, bias: Tensor | None, rows: int, *geometry: list[int]
 ) -> Tensor:
-    return x.new_empty(*x.shape[:-3], rows, *Geometry(kernel, stride, padding, dilation).out(x.shape[-2:]))
+    return x.new_empty(*x.shape[:-3], rows, *Geometry(*geometry).out(x.shape[-2:]))
 
 
 def _value_like(order: Tensor, survivors: Tensor) -> Tensor:
@@ -114,22 +91,21 @@ def _backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
     x, survivors, bias, layout, order, layout_t, order_t = ctx.saved_tensors
     needs_x, needs_survivors, needs_bias, *_ = ctx.needs_input_grad
     ops = torch.ops.hpcprune
-    of_x = of_survivors = of_bias = None
+    of_x = of_survivors = of_its_bias = None
     if needs_x:
         of_x = ops.panels_linear(gradient, layout_t, ops.panels_refill(order_t, survivors), None, x.shape[-1])
     if needs_survivors:
         of_survivors = ops.panels_sampled(x, gradient, layout, order, survivors.shape[0]).to(survivors.dtype)
     if needs_bias:
-        of_bias = gradient.reshape(-1, gradient.shape[-1]).sum(0, dtype=torch.float32).to(bias.dtype)
-    return of_x, of_survivors, of_bias, None, None, None, None, None
+        of_its_bias = of_bias(gradient, bias)
+    return of_x, of_survivors, of_its_bias, None, None, None, None, None
 
 
-# Schema, what computes it, what knows its result's shape.
-OPERATORS = (
+OPERATORS: tuple[Operator, ...] = (
     *(
         (f"{kernel}_linear(Tensor x, {matrix}, Tensor value, Tensor? bias, int rows) -> Tensor", compute, _product_like)
         for kernel, matrix, compute in (
-            ("panels", "Tensor layout", _linear(panels.multiply)),
+            ("panels", "Tensor layout", _panels_linear),
             ("bitmap", "Tensor bits, Tensor first", _linear(bitmap.multiply)),
             ("blocks", "Tensor start, Tensor column", _linear(blocks.multiply)),
             ("two_of_four", "Tensor code", _linear(two_of_four.multiply)),
@@ -155,12 +131,9 @@ OPERATORS = (
     ),
 )
 _torch: Any = torch.library  # it has no types
-_library = _torch.Library("hpcprune", "DEF")  # torch forgets the operators when this goes
-for _schema, _compute, _like in OPERATORS:
-    _name = _schema.partition("(")[0]
-    _library.define(_schema)
-    _library.impl(_name, _compute, "CPU")
-    _torch.register_fake(f"hpcprune::{_name}")(_like)
+_library = _torch.Library("hpcprune", "DEF")
+define(_library, OPERATORS)
+compute_on(_library, OPERATORS, "CPU")
 _torch.register_autograd("hpcprune::survivors_linear", _backward, setup_context=_keep)
 
 bitmap_linear = torch.ops.hpcprune.bitmap_linear

@@ -17,9 +17,8 @@ import torch
 from torch import Tensor
 
 from hpcprune.native.pool import pool
-from hpcprune.native.survivors import popcount
 from hpcprune.sparse import kernels
-from hpcprune.sparse.kernels import SparseError, done, is_half
+from hpcprune.sparse.kernels import count_survivors, done, is_half
 
 __all__ = ["Geometry", "Panels", "convolve", "lay_out", "multiply", "refill", "sampled"]
 
@@ -62,10 +61,7 @@ def lay_out(bits: npt.NDArray[np.uint8], rows: int, columns: int, *, transposed:
     """
     code, _ = kernels.kernels()
     bits = np.ascontiguousarray(bits, np.uint8)
-    if bits.size != (rows * columns + 7) // 8:
-        raise SparseError(f"{bits.size} bytes of mask for {rows} x {columns} weights; (weights + 7) // 8 are needed")
-    if popcount(bits) >= 1 << 31:
-        raise SparseError(f"{popcount(bits):,} weights survive in one layer; 2,147,483,647 at most")
+    count_survivors(bits, rows, columns)
     entries = ctypes.c_int64()
     length = code.hpcprune_panels_bytes(bits.ctypes.data, rows, columns, transposed, ctypes.byref(entries))
     layout = torch.empty(length, dtype=torch.uint8)
@@ -122,20 +118,5 @@ def sampled(x: Tensor, gradient: Tensor, layout: Tensor, order: Tensor, survivor
     Args:
         x: [batch, columns]. gradient: [batch, rows], with respect to the product. Of one dtype, contiguous.
     """
-    packed = torch.empty(survivors, dtype=torch.float32)
-    code, level = kernels.kernels()
-    done(
-        code.hpcprune_sddmm(
-            level,
-            is_half("x", x),
-            layout.data_ptr(),
-            order.data_ptr(),
-            x.data_ptr(),
-            gradient.data_ptr(),
-            x.shape[0],
-            packed.data_ptr(),
-            torch.get_num_threads(),
-            pool(),
-        )
-    )
-    return packed
+    matrix = layout.data_ptr(), order.data_ptr()
+    return kernels.sample("hpcprune_sddmm", matrix, x, gradient, survivors)

@@ -14,9 +14,8 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from hpcprune.native.survivors import popcount
 from hpcprune.sparse import kernels
-from hpcprune.sparse.kernels import SparseError
+from hpcprune.sparse.kernels import SparseError, count_survivors
 from hpcprune.sparse.patterns import two_of_four
 
 __all__ = ["TwoOfFour", "lay_out", "multiply"]
@@ -51,14 +50,11 @@ def lay_out(bits: npt.NDArray[np.uint8], rows: int, columns: int) -> TwoOfFour:
     Raises:
         SparseError: a mask that is not 2:4, or more weights survive than 32 bits count.
     """
-    if bits.size != (rows * columns + 7) // 8:
-        raise SparseError(f"{bits.size} bytes of mask for {rows} x {columns} weights; (weights + 7) // 8 are needed")
+    count_survivors(bits, rows, columns)
     if not two_of_four(bits, rows, columns):
         raise SparseError(
             f"more than two of four weights survive somewhere in {rows} x {columns}, or rows end within four"
         )
-    if popcount(bits) >= 1 << 31:
-        raise SparseError(f"{popcount(bits):,} weights survive in one layer; 2,147,483,647 at most")
     stripes, units = -(-rows // STRIPE), -(-columns // UNIT)
     fours = np.zeros((stripes * STRIPE, units * UNIT // 4), np.uint8)
     fours[:rows, : columns // 4] = np.stack([bits & 15, bits >> 4], 1).ravel()[: rows * columns // 4].reshape(rows, -1)
