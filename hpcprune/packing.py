@@ -23,7 +23,7 @@ from hpcprune.native.cuda_survivors import CudaMask
 from hpcprune.native.survivors import gather, popcount, update
 from hpcprune.tensors import to_array
 
-__all__ = ["Bits", "Masked", "Packed", "Packing", "Whole"]
+__all__ = ["Bits", "Masked", "Packed", "Packing", "Whole", "survivors_of"]
 
 Bits = npt.NDArray[np.uint8]
 
@@ -98,6 +98,14 @@ class Packed:
             dense.index_copy_(0, self._places, packed)
         else:
             update(to_array(dense), self.bits, to_array(packed), torch.get_num_threads())
+
+
+def survivors_of(values: Tensor, bits: Bits) -> Tensor:
+    """The survivors of a tensor by its packed mask, in order, where the tensor is."""
+    packing = Packed(bits, values.numel(), values.device)
+    found = values.new_empty(packing.length)
+    packing.gather(values.reshape(-1).contiguous(), found)
+    return found
 
 
 class Masked:

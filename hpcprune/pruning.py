@@ -20,7 +20,7 @@ from hpcprune.errors import JobError
 from hpcprune.layers import find_layers
 from hpcprune.masks import Bits, Masks, gather_masks
 from hpcprune.native.survivors import popcount
-from hpcprune.packing import Packed
+from hpcprune.packing import survivors_of
 from hpcprune.schedule import pruned_count
 from hpcprune.shards import Layer, Span, deal
 from hpcprune.threshold import Threshold, select_survivors
@@ -104,7 +104,7 @@ def prune_layers(
     before = [] if fresh else [_slice_bits(masks.bits(layers[span.layer].name), span) for span in own]
     pieces = [_scores(parameters[layers[span.layer].name], span, criterion) for span in own]
     if not fresh:
-        pieces = [_gather(piece, bits) for piece, bits in zip(pieces, before, strict=True)]
+        pieces = [survivors_of(piece, bits) for piece, bits in zip(pieces, before, strict=True)]
     clock.append(time.perf_counter())
 
     groups, counts = _rank_together(layers, masks, own, pieces, sparsity, scope)
@@ -156,13 +156,6 @@ def _slice_bits(packed: Bits, span: Span) -> Bits:
     if shift == 0 and span.stop % 8 == 0:
         return piece
     return np.packbits(np.unpackbits(piece, bitorder="little")[shift : shift + span.weights], bitorder="little")
-
-
-def _gather(values: torch.Tensor, bits: Bits) -> torch.Tensor:
-    packing = Packed(bits, values.numel(), values.device)
-    found = values.new_empty(packing.length)
-    packing.gather(values.contiguous(), found)
-    return found
 
 
 def _deposit(new: Bits, old: Bits) -> Bits:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.sparse import to_sparse_semi_structured
 
+from hpcprune.packing import survivors_of
 from hpcprune.sparse import bitmap_tiles, bsr, csr
 from hpcprune.sparse.cuda_ops import bitmap_tiles_linear, bsr_linear, csr_linear
 from hpcprune.sparse.kernels import FLOATS, SparseError
@@ -75,10 +76,9 @@ class CudaLinear(nn.Module):
 
     def _lay_out(self, weight: Tensor, bits: Bits, kernel: CudaKernel) -> None:
         device, shape = weight.device, (self.rows, self.columns)
-        own = csr.lay_out(bits, *shape, device)
-        row = torch.arange(self.rows, device=device).repeat_interleave(own.start.diff())
-        survivors = weight[row, own.column]
+        survivors = survivors_of(weight, bits)
         if kernel == "csr":
+            own = csr.lay_out(bits, *shape, device)
             self._hold(start=own.start, column=own.column, row_order=own.row_order, value=survivors)
         elif kernel == "bitmap_tiles":
             tiles = bitmap_tiles.lay_out(bits, *shape, survivors)

@@ -8,13 +8,12 @@ import torch
 from torch import Tensor, nn
 
 from hpcprune.native import launching
-from hpcprune.native.survivors import gather
+from hpcprune.packing import survivors_of
 from hpcprune.sparse.cuda_linear import CudaKernel, CudaLinear
 from hpcprune.sparse.held import LINEAR, Bits, Kernel, hold
 from hpcprune.sparse.kernels import FLOATS
 from hpcprune.sparse.ops import panels_conv2d
 from hpcprune.sparse.panels import Geometry
-from hpcprune.tensors import to_array
 
 __all__ = ["SparseConv2d", "SparseLinear", "on_gpu", "sparse_module"]
 
@@ -27,8 +26,7 @@ class _Sparse(nn.Module):
         self.kernel = kernel
         weight = dense.weight.detach()
         self.rows, self.columns = weight.shape[0], weight[0].numel()
-        survivors = torch.from_numpy(gather(to_array(weight.contiguous().view(-1)), bits)).view(weight.dtype)
-        held = hold(kernel, bits, self.rows, self.columns, survivors)
+        held = hold(kernel, bits, self.rows, self.columns, survivors_of(weight, bits))
         for name, tensor in held.items():
             self.register_buffer(name, tensor)
         self._held = tuple(held)

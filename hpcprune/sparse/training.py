@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from hpcprune.masks import Masks
-from hpcprune.packing import Bits, Packed
+from hpcprune.packing import Bits, Packed, survivors_of
 from hpcprune.sparse import csr
 from hpcprune.sparse.choose import time_in_turns, watched_inputs
 from hpcprune.sparse.cuda_ops import csr_survivors_linear
@@ -122,7 +122,7 @@ def _can_be_sparse(module: nn.Module) -> TypeGuard[nn.Linear]:
 
 def _faster(layer: nn.Linear, masks: Masks, name: str, calls: Collection[Tensor]) -> bool:
     weight = layer.weight.detach().requires_grad_()
-    survivors = weight.detach().flatten()[masks[name].flatten()].requires_grad_()
+    survivors = survivors_of(weight.detach(), masks.bits(name)).requires_grad_()
     bias = None if layer.bias is None else layer.bias.detach().requires_grad_()
     product = partial(_product_with(masks.bits(name), layer), survivors, bias)
 
