@@ -24,6 +24,10 @@ def assert_goes_on(hpcprune: Command, run: Path, done: Path, *says: str) -> None
     assert again.code == 0, again.err
     for text in says:
         assert text in again.out
+    assert_ended_like(hpcprune, run, done)
+
+
+def assert_ended_like(hpcprune: Command, run: Path, done: Path) -> None:
     assert hpcprune("check", run).code == 0
     ours, theirs = read_model(run / "model.h5"), read_model(done / "model.h5")
     for name, layer in theirs.layers.items():
@@ -149,9 +153,16 @@ def test_a_damaged_file(
 )
 def test_a_damaged_step_is_named_and_passed_over(hpcprune: Command, cut: Path, done: Path, name: str, how: str) -> None:
     *_, before, newest = sorted((cut / "checkpoints").iterdir())
-    (newest / name).write_bytes(DAMAGES[how][0]((newest / name).read_bytes()))
+    damaged = DAMAGES[how][0]((newest / name).read_bytes())
+    (newest / name).write_bytes(damaged)
     assert hpcprune("check", cut).code == 1
     # Which step that is hangs on the disk, which may have put checkpoints off. The 61st is the pruning.
     number = int(before.name.removeprefix("step-"))
     at = f"(round 0, step {number})" if number <= 60 else f"(round 1, step {number - 61})"
-    assert_goes_on(hpcprune, cut, done, f"passed over: {newest / name}: ", f"going on from {before} {at}")
+    again = hpcprune("run", JOB, "--out", cut)
+    assert again.code == 0, again.err
+    assert f"passed over: {newest / name}: " in again.out and f"going on from {before} {at}" in again.out
+    if (newest / name).read_bytes() == damaged:  # this time the disk put that very step off
+        assert hpcprune("check", cut).code == 1
+        shutil.rmtree(newest)
+    assert_ended_like(hpcprune, cut, done)
