@@ -5,7 +5,7 @@
     python bench/spmm.py --pattern 2:4 --no-peers; python bench/spmm.py --pattern blocks
     python bench/spmm.py --backward      # the gradients of a layer: dX and that of the survivors
     python bench/spmm.py --model         # 12 MLPs of a transformer: inference, and a step of retraining
-    pip install scipy sparse_dot_mkl     # peers; those that are missing are left out
+    pip install scipy sparse_dot_mkl mkl # peers; those that are missing are left out
 
 float32; X [batch, in] and Y [batch, out] lie as F.linear has them, for ours and for torch's; scipy and MKL are given X
 transposed beforehand and give Y transposed. All contenders are timed in turns in one process, so that what else the
@@ -32,6 +32,7 @@ os.environ.setdefault("MKL_THREADING_LAYER", "GNU")  # a peer's MKL shall use th
 
 import numpy as np
 import torch
+from matrices import SIDE, add_arguments, bits_of, numbers, pruned
 from peaks import measure_peaks
 from torch import Tensor, nn
 from torch.nn import functional
@@ -51,38 +52,20 @@ from hpcprune.sparse.panels import lay_out
 from hpcprune.sparse.training import SparseTraining
 from hpcprune.survivors import Survivors
 
-SHAPES = "768x768,1024x1024,3072x768,768x3072,3072x3072,4096x4096"
 
-
-class Pattern(NamedTuple):
-    """What the survivors form. Of ours and of the peers those that it is a matter of."""
+class Contenders(NamedTuple):
+    """For a pattern of survivors: of ours and of the peers those that it is a matter of."""
 
     kernels: tuple[Kernel, ...]
     peers: tuple[str, ...]
 
 
 Bytes = dict[Kernel, int]
-PATTERNS = {
-    "unstructured": Pattern(("panels", "bitmap"), ("torch CSR", "torch BSR", "scipy", "MKL")),
-    "blocks": Pattern(("panels", "blocks"), ("torch BSR",)),
-    "2:4": Pattern(("panels", "bitmap", "two_of_four"), ()),
+CONTENDERS = {
+    "unstructured": Contenders(("panels", "bitmap"), ("torch CSR", "torch BSR", "scipy", "MKL")),
+    "blocks": Contenders(("panels", "blocks"), ("torch BSR",)),
+    "2:4": Contenders(("panels", "bitmap", "two_of_four"), ("torch CSR", "scipy", "MKL")),
 }
-
-
-def pruned(rows: int, columns: int, sparsity: float, pattern: str) -> Tensor:
-    generator = torch.Generator().manual_seed(rows)
-    if pattern == "blocks":
-        kept = torch.rand(-(-rows // 16), -(-columns // 16), generator=generator) >= sparsity
-        kept = kept.repeat_interleave(16, 0).repeat_interleave(16, 1)[:rows, :columns]
-    elif pattern == "2:4":
-        kept = (torch.rand(rows, columns // 4, 4, generator=generator).argsort(-1) < 2).view(rows, columns)
-    else:
-        kept = torch.rand(rows, columns, generator=generator) >= sparsity
-    return torch.randn(rows, columns, generator=generator) * kept
-
-
-def bits_of(weights: Tensor) -> np.ndarray:
-    return np.packbits((weights != 0).numpy().ravel(), bitorder="little")
 
 
 def peers(weights: Tensor, x: Tensor, names: Sequence[str]) -> dict[str, Callable[[], object]]:
@@ -92,8 +75,8 @@ def peers(weights: Tensor, x: Tensor, names: Sequence[str]) -> dict[str, Callabl
         return found
     csr = weights.to_sparse_csr()
     found["torch CSR"] = lambda: functional.linear(x, csr)
-    if all(side % 16 == 0 for side in weights.shape):
-        bsr = weights.to_sparse_bsr((16, 16))
+    if all(length % SIDE == 0 for length in weights.shape):
+        bsr = weights.to_sparse_bsr((SIDE, SIDE))
         found["torch BSR"] = lambda: functional.linear(x, bsr)
     try:
         from scipy.sparse import csr_matrix
@@ -103,7 +86,7 @@ def peers(weights: Tensor, x: Tensor, names: Sequence[str]) -> dict[str, Callabl
         from sparse_dot_mkl import dot_product_mkl
 
         found["MKL"] = lambda: dot_product_mkl(ours, across)
-    except ImportError:
+    except (ImportError, AttributeError):  # sparse_dot_mkl without MKL has no attributes
         pass
     return {name: product for name, product in found.items() if name in names and _works(product)}
 
@@ -149,7 +132,7 @@ def gradients(weights: Tensor, x: Tensor) -> tuple[dict[str, Callable[[], object
 
 def layers(args: argparse.Namespace) -> None:
     """Single layers: forward, or both gradients."""
-    pattern, sparsities = PATTERNS[args.pattern], [0.5] if args.pattern == "2:4" else args.sparsity
+    pattern, sparsities = CONTENDERS[args.pattern], [0.5] if args.pattern == "2:4" else args.sparsity
     names = ["panels", "F.linear"] if args.backward else [*pattern.kernels, "F.linear", *(pattern.peers * args.peers)]
     for threads in args.threads:
         torch.set_num_threads(threads)
@@ -172,10 +155,8 @@ def layers(args: argparse.Namespace) -> None:
             line = "".join(f"{found[name] * 1e3:12.3f}" if name in found else f"{'-':>12}" for name in names)
             best = min(seconds for name, seconds in found.items() if name not in held) / ours
             passes = 2 if args.backward else 1
-            work, moved = (
-                passes * int((weights != 0).sum()) * batch,
-                held[kernel] + passes * 4 * batch * (rows + columns),
-            )
+            work = passes * int((weights != 0).sum()) * batch
+            moved = held[kernel] + passes * 4 * batch * (rows + columns)
             print(
                 f"{f'{rows}x{columns}':>10}{batch:6}{sparsity:7.0%}{line}{found['F.linear'] / ours:10.2f}{best:10.2f}"
                 f"{work / ours / multiply:10.0%}{moved / ours / read:10.0%}",
@@ -246,21 +227,10 @@ def model(args: argparse.Namespace) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="products with a pruned matrix, against dense and sparse peers")
-
-    def numbers(kind: Callable[[str], object]) -> Callable[[str], list[object]]:
-        return lambda text: [kind(each) for each in text.split(",")]
-
-    def shape(text: str) -> tuple[int, int]:
-        rows, _, columns = text.partition("x")
-        return int(rows), int(columns)
-
-    parser.add_argument("--shapes", type=numbers(shape), default=SHAPES, help=f"out x in ({SHAPES})")
-    parser.add_argument("--batch", type=numbers(int), default="1,8,32,256")
-    parser.add_argument("--sparsity", type=numbers(float), default="0.5,0.6,0.8,0.9,0.95,0.99")
-    parser.add_argument("--pattern", choices=PATTERNS, default="unstructured", help="blocks are of 16 x 16")
+    add_arguments(parser)
+    parser.add_argument("--pattern", choices=CONTENDERS, default="unstructured", help="blocks are of 16 x 16")
     parser.add_argument("--threads", type=numbers(int), default="1,2")
     parser.add_argument("--no-peers", dest="peers", action="store_false", help="F.linear alone")
-    parser.add_argument("--backward", action="store_true", help="both gradients instead")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="cuda: as bench/spmm_cuda.py")
     parser.add_argument("--model", action="store_true", help="12 MLPs instead")
     args = parser.parse_args()

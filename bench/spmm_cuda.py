@@ -23,8 +23,8 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-import numpy as np
 import torch
+from matrices import PATTERNS, add_arguments, bits_of, pruned
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -38,25 +38,11 @@ from hpcprune.sparse.kernels import SparseError
 from hpcprune.sparse.operands import need_kernels
 from hpcprune.sparse.patterns import side_of_blocks
 
-SHAPES = "768x768,1024x1024,3072x768,768x3072,3072x3072,4096x4096"
 TURNS = 100  # of each contender
 FLUSHED = 256 << 20  # bytes, more than any L2 cache
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 DEVICE = "cuda"
-LAWS = "random", "blocks", "2:4"
 Contenders = dict[str, Callable[[], object]]
-
-
-def pruned(rows: int, columns: int, sparsity: float, law: str, dtype: torch.dtype) -> Tensor:
-    generator = torch.Generator().manual_seed(rows)
-    if law == "2:4":
-        kept = torch.rand(rows, columns // 4, 4, generator=generator).argsort(-1) < 2
-    else:
-        side = 16 if law == "blocks" else 1
-        kept = torch.rand(rows // side, columns // side, generator=generator) >= sparsity
-        kept = kept.repeat_interleave(side, 0).repeat_interleave(side, 1)
-    weights = torch.randn(rows, columns, generator=generator)
-    return (weights * kept.view(rows, columns)).to(DEVICE, dtype)
 
 
 def in_turns(contenders: Contenders) -> dict[str, float]:
@@ -85,7 +71,7 @@ def bandwidth() -> float:
 def products(weights: Tensor, x: Tensor) -> tuple[Contenders, Contenders, dict[str, int]]:
     """Ours, the others', and how many bytes each of ours holds."""
     rows, columns = weights.shape
-    bits = np.packbits((weights != 0).cpu().numpy().ravel(), bitorder="little")
+    bits = bits_of(weights)
     dense = nn.Linear(columns, rows, bias=False, dtype=weights.dtype, device=DEVICE).requires_grad_(False)
     dense.weight.copy_(weights)
     made = {kernel: CudaLinear(dense, bits, kernel) for kernel in kernels_to_try(dense, bits, [x])}
@@ -109,7 +95,7 @@ def products(weights: Tensor, x: Tensor) -> tuple[Contenders, Contenders, dict[s
 def gradients(weights: Tensor, x: Tensor) -> tuple[Contenders, Contenders, dict[str, int]]:
     """Of x and of the weights, of the survivors alone in ours."""
     rows, columns = weights.shape
-    bits = np.packbits((weights != 0).cpu().numpy().ravel(), bitorder="little")
+    bits = bits_of(weights)
     x, given = x.requires_grad_(), torch.randn(x.shape[0], rows, device=DEVICE, dtype=x.dtype)
     survivors, dense = weights[weights != 0].requires_grad_(), weights.clone().requires_grad_()
     own, across = (csr.lay_out(bits, rows, columns, weights.device, transposed=way) for way in (False, True))
@@ -144,13 +130,13 @@ def figures(args: argparse.Namespace) -> None:
     print(f"{torch.cuda.get_device_name()}; {read / 1e9:.0f} GB/s; kernels {describe()}; torch {torch.__version__}")
     names = ("csr", "bitmap_tiles", "bsr", "F.linear", "cuSPARSE", "2:4")
     head = "".join(f"{name:>13}" for name in (*names, "ratio", "best peer", "of memory"))
-    print(f"{'dtype':>9}{'mask':>8}{'out x in':>10}{'batch':>6}{'sparse':>7}{head}")
-    for dtype, law, (rows, columns), batch, sparsity in itertools.product(
-        DTYPES, LAWS, args.shapes, args.batch, args.sparsity
+    print(f"{'dtype':>9}{'mask':>13}{'out x in':>10}{'batch':>6}{'sparse':>7}{head}")
+    for dtype, pattern, (rows, columns), batch, sparsity in itertools.product(
+        DTYPES, PATTERNS, args.shapes, args.batch, args.sparsity
     ):
-        if law == "2:4" and sparsity != 0.5:
+        if pattern == "2:4" and sparsity != 0.5:
             continue
-        weights = pruned(rows, columns, sparsity, law, DTYPES[dtype])
+        weights = pruned(rows, columns, sparsity, pattern).to(DEVICE, DTYPES[dtype])
         x = torch.randn(batch, columns, device=DEVICE).to(DTYPES[dtype])
         ours, others, held = (gradients if args.backward else products)(weights, x)
         seconds = in_turns({**ours, **others})
@@ -161,25 +147,14 @@ def figures(args: argparse.Namespace) -> None:
         if best in held:
             moved = held[best] + x.nbytes + batch * rows * x.element_size()
             cells.append(f"{moved / read / seconds[best]:13.0%}")
-        print(f"{dtype:>9}{law:>8}{f'{rows}x{columns}':>10}{batch:6}{sparsity:7.0%}{''.join(cells)}", flush=True)
+        print(f"{dtype:>9}{pattern:>13}{f'{rows}x{columns}':>10}{batch:6}{sparsity:7.0%}{''.join(cells)}", flush=True)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(
         description="products with a pruned matrix on a GPU, against dense and sparse peers"
     )
-
-    def numbers(kind: Callable[[str], object]) -> Callable[[str], list[object]]:
-        return lambda text: [kind(each) for each in text.split(",")]
-
-    def shape(text: str) -> tuple[int, int]:
-        rows, _, columns = text.partition("x")
-        return int(rows), int(columns)
-
-    parser.add_argument("--shapes", type=numbers(shape), default=SHAPES, help=f"out x in ({SHAPES})")
-    parser.add_argument("--batch", type=numbers(int), default="1,8,32,256")
-    parser.add_argument("--sparsity", type=numbers(float), default="0.5,0.8,0.9,0.95,0.99")
-    parser.add_argument("--backward", action="store_true", help="both gradients instead")
+    add_arguments(parser)
     run(parser.parse_args())
 
 

@@ -2,7 +2,7 @@
 //
 // BODY is written in vectors of LANES floats (the compiler's vector extension), so one text serves every instruction
 // set; where a path has an instruction that the others lack, BODY asks for LANES. The namespaces are the source's
-// alone.
+// alone. ON_PATH(path, call) is the call of what BODY defines as it was compiled for that path.
 
 #if defined(__x86_64__)
 #define LANES 16
@@ -54,3 +54,10 @@ namespace portable {
 }  // namespace
 }  // namespace hpcprune
 #undef LANES
+
+#if defined(__x86_64__)
+#define ON_PATH(path, ...) \
+  ((path) == WITH_AVX512 ? avx512::__VA_ARGS__ : (path) == WITH_AVX2 ? avx2::__VA_ARGS__ : portable::__VA_ARGS__)
+#else
+#define ON_PATH(path, ...) ((void)(path), portable::__VA_ARGS__)
+#endif

@@ -185,6 +185,10 @@ def test_autocast_makes_bfloat16_of_it_as_of_a_dense_layer() -> None:
         own, dense = sparse(x), model(x)
     assert own.dtype == dense.dtype == torch.bfloat16
     torch.testing.assert_close(own, dense, rtol=2e-2, atol=2e-2)
+    with torch.autocast("cpu", torch.float16):
+        own, dense = sparse(x.half()), model(x)
+    assert own.dtype == torch.float32  # as the weights: no kernel takes float16
+    torch.testing.assert_close(own, dense.float(), rtol=1e-2, atol=1e-2)
 
 
 @pytest.mark.parametrize(("kernel", "share"), [("panels", 0.14), ("bitmap", 0.135)])

@@ -20,6 +20,7 @@ from hpcprune.packing import survivors_of
 from hpcprune.sparse import bitmap_tiles, bsr, csr
 from hpcprune.sparse.cuda_ops import bitmap_tiles_linear, bsr_linear, csr_linear
 from hpcprune.sparse.kernels import FLOATS, SparseError
+from hpcprune.sparse.operators import autocast
 from hpcprune.sparse.patterns import side_of_blocks, two_of_four
 
 __all__ = ["CudaKernel", "CudaLinear", "kernels_to_try"]
@@ -117,10 +118,7 @@ class CudaLinear(nn.Module):
         return product
 
     def forward(self, x: Tensor) -> Tensor:
-        if torch.is_autocast_enabled(x.device.type):
-            chosen = torch.get_autocast_dtype(x.device.type)
-            x = x.to(chosen if chosen in FLOATS else self.dtype)  # no kernel takes float16
-        return self._product(x, self.bias)
+        return self._product(autocast(x, self.dtype), self.bias)
 
     def extra_repr(self) -> str:
         return (

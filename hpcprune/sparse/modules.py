@@ -12,6 +12,7 @@ from hpcprune.packing import survivors_of
 from hpcprune.sparse.cuda_linear import CudaKernel, CudaLinear
 from hpcprune.sparse.held import LINEAR, Bits, Kernel, hold
 from hpcprune.sparse.kernels import FLOATS
+from hpcprune.sparse.operators import autocast
 from hpcprune.sparse.ops import panels_conv2d
 from hpcprune.sparse.panels import Geometry
 
@@ -40,9 +41,6 @@ class _Sparse(nn.Module):
         """The dense weight, made anew at each call: for code that reads a layer's weight instead of calling it."""
         return self._product(torch.eye(self.columns, dtype=self.value.dtype), None).t().reshape(self._shape)
 
-    def _cast(self, x: Tensor) -> Tensor:
-        return x.to(torch.get_autocast_dtype("cpu")) if torch.is_autocast_enabled("cpu") else x
-
     def _product(self, x: Tensor, bias: Tensor | None) -> Tensor:
         held = (getattr(self, name) for name in self._held)
         product: Tensor = LINEAR[self.kernel](x, *held, bias, self.rows)
@@ -53,7 +51,7 @@ class SparseLinear(_Sparse):
     """x [..., columns] -> x W^T + bias [..., rows], as the Linear of which it is made."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return self._product(self._cast(x), self.bias)
+        return self._product(autocast(x, self.value.dtype), self.bias)
 
     def extra_repr(self) -> str:
         return (
@@ -71,7 +69,7 @@ class SparseConv2d(_Sparse):
 
     def forward(self, x: Tensor) -> Tensor:
         product: Tensor = panels_conv2d(
-            self._cast(x), self.layout, self.value, self.bias, self.rows, *map(list, self.geometry)
+            autocast(x, self.value.dtype), self.layout, self.value, self.bias, self.rows, *map(list, self.geometry)
         )
         return product
 

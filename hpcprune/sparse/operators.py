@@ -1,4 +1,4 @@
-"""What all sparse operators share: x laid flat and back, the gradient of a bias, and how torch gets to know them."""
+"""What all sparse operators share: x cast, laid flat and back, the gradient of a bias, how torch gets to know them."""
 
 from __future__ import annotations
 
@@ -8,9 +8,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["Operator", "compute_on", "define", "flat", "float_bias", "of_bias", "shaped"]
+from hpcprune.sparse.kernels import FLOATS
+
+__all__ = ["Operator", "autocast", "compute_on", "define", "flat", "float_bias", "of_bias", "shaped"]
 
 Operator = tuple[str, Any, Any]  # its schema, what computes it, what knows its result's shape
+
+
+def autocast(x: Tensor, weights: torch.dtype) -> Tensor:
+    """x as autocast has it where it is on; of the weights' dtype where that is float16, which no kernel takes."""
+    if not torch.is_autocast_enabled(x.device.type):
+        return x
+    chosen = torch.get_autocast_dtype(x.device.type)
+    return x.to(chosen if chosen in FLOATS else weights)
 
 
 def flat(x: Tensor) -> Tensor:

@@ -24,6 +24,7 @@ from hpcprune.sparse.cuda_ops import csr_survivors_linear
 from hpcprune.sparse.kernels import FLOATS, SparseError, kernels
 from hpcprune.sparse.modules import on_gpu
 from hpcprune.sparse.operands import need_kernels
+from hpcprune.sparse.operators import autocast
 from hpcprune.sparse.ops import survivors_linear
 from hpcprune.sparse.panels import lay_out
 from hpcprune.survivors import Survivors
@@ -62,7 +63,7 @@ def _product_with(bits: Bits, layer: nn.Linear) -> Callable[[Tensor, Tensor | No
 
     def product(survivors: Tensor, bias: Tensor | None, x: Tensor) -> Tensor:
         layouts = (own.layout, own.order, across.layout, across.order)
-        found: Tensor = survivors_linear(_cast(x), survivors, bias, *layouts, own.rows)
+        found: Tensor = survivors_linear(autocast(x, survivors.dtype), survivors, bias, *layouts, own.rows)
         return found
 
     return product
@@ -75,18 +76,10 @@ def _on_gpu(bits: Bits, layer: nn.Linear) -> Callable[[Tensor, Tensor | None, Te
 
     def product(survivors: Tensor, bias: Tensor | None, x: Tensor) -> Tensor:
         layouts = (own.start, own.column, own.row_order, across.start, across.column, across.row_order, across.order)
-        found: Tensor = csr_survivors_linear(_cast(x), survivors, bias, *layouts)
+        found: Tensor = csr_survivors_linear(autocast(x, survivors.dtype), survivors, bias, *layouts)
         return found
 
     return product
-
-
-def _cast(x: Tensor) -> Tensor:
-    """As autocast has it, where it is on and to a dtype that kernels take."""
-    if not torch.is_autocast_enabled(x.device.type):
-        return x
-    chosen = torch.get_autocast_dtype(x.device.type)
-    return x.to(chosen) if chosen in FLOATS else x
 
 
 def faster_layers(model: nn.Module, masks: Masks, step: Callable[[], object]) -> list[str]:

@@ -71,11 +71,7 @@ int product(int path, const Blocks& w, const Value* value, const Element* x, int
   const auto cut = [&](int64_t parts) { return cut_rows(w, parts); };
   const int64_t width = w.block_columns() * w.side;
   return in_parts(batch, width, w.block_rows(), threads, pool, cut, [&](const Part& part, float* packed) {
-#if defined(__x86_64__)
-    if (path == WITH_AVX512) return avx512::product(w, value, x, bias, y, part, packed);
-    if (path == WITH_AVX2) return avx2::product(w, value, x, bias, y, part, packed);
-#endif
-    portable::product(w, value, x, bias, y, part, packed);
+    ON_PATH(path, product(w, value, x, bias, y, part, packed));
   });
 }
 
@@ -100,14 +96,7 @@ int gradient(int path, const Blocks& w, const int32_t* order, const Element* x, 
       const int64_t samples = std::min(GRADIENT_SAMPLES, batch - s);
       pack(x + s * w.columns, w.columns, w.columns, padded_columns, samples, samples, packed_x);
       pack(dy + s * w.rows + row, w.rows, w.rows - row, (last - first) * w.side, samples, samples, packed_dy);
-#if defined(__x86_64__)
-      if (path == WITH_AVX512)
-        avx512::gradient(w, order, first, last, packed_x, packed_dy, samples, s == 0, survivors);
-      else if (path == WITH_AVX2)
-        avx2::gradient(w, order, first, last, packed_x, packed_dy, samples, s == 0, survivors);
-      else
-#endif
-        portable::gradient(w, order, first, last, packed_x, packed_dy, samples, s == 0, survivors);
+      ON_PATH(path, gradient(w, order, first, last, packed_x, packed_dy, samples, s == 0, survivors));
     }
   });
   std::free(scratch);

@@ -50,14 +50,7 @@ int sddmm(int path, const Layout& w, const int32_t* order, const Element* x, con
     float* own = scratch + run * length;
     const int64_t first = cuts[run], last = cuts[run + 1];
     if (first == last) return;
-#if defined(__x86_64__)
-    if (path == WITH_AVX512)
-      avx512::product<Column>(w, first, last, x, dy, batch, own, value);
-    else if (path == WITH_AVX2)
-      avx2::product<Column>(w, first, last, x, dy, batch, own, value);
-    else
-#endif
-      portable::product<Column>(w, first, last, x, dy, batch, own, value);
+    ON_PATH(path, product<Column>(w, first, last, x, dy, batch, own, value));
     for (int64_t p = 0; p < w.panels; ++p) {
       const int64_t stop = w.start[p * w.chunks + last] * GROUP;
       for (int64_t i = w.start[p * w.chunks + first] * GROUP; i < stop; ++i)

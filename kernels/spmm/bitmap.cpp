@@ -49,11 +49,7 @@ int multiply(int path, const Bitmap<Value>& w, const Element* x, int64_t batch, 
     std::fill(wide + w.columns, wide + length, 0.0f);
     in_pool(pool, runs, [&](int64_t run) {
       const int64_t first = w.rows * run / runs, last = w.rows * (run + 1) / runs;
-#if defined(__x86_64__)
-      if (path == WITH_AVX512) return avx512::bitmap_rows(w, first, last, wide, bias, y);
-      if (path == WITH_AVX2) return avx2::bitmap_rows(w, first, last, wide, bias, y);
-#endif
-      portable::bitmap_rows(w, first, last, wide, bias, y);
+      ON_PATH(path, bitmap_rows(w, first, last, wide, bias, y));
     });
   }
   std::free(wide);

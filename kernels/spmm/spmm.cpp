@@ -80,14 +80,7 @@ int spmm(int path, const Layout& w, const Value* value, const Operand& operand, 
   in_pool(pool, runs, [&](int64_t run) {
     for (size_t i = run; i < parts.size(); i += runs) {
       float* own = scratch + run * length;
-#if defined(__x86_64__)
-      if (path == WITH_AVX512)
-        avx512::product<Column>(w, value, operand, bias, parts[i], own);
-      else if (path == WITH_AVX2)
-        avx2::product<Column>(w, value, operand, bias, parts[i], own);
-      else
-#endif
-        portable::product<Column>(w, value, operand, bias, parts[i], own);
+      ON_PATH(path, product<Column>(w, value, operand, bias, parts[i], own));
     }
   });
   std::free(scratch);

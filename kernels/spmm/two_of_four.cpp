@@ -53,11 +53,7 @@ int multiply(int path, const TwoOfFour& w, const Value* value, const Element* x,
     return cuts;
   };
   return in_parts(batch, w.units() * UNIT, w.stripes(), threads, pool, cut, [&](const Part& part, float* packed) {
-#if defined(__x86_64__)
-    if (path == WITH_AVX512) return avx512::product(w, value, x, bias, y, part, packed);
-    if (path == WITH_AVX2) return avx2::product(w, value, x, bias, y, part, packed);
-#endif
-    portable::product(w, value, x, bias, y, part, packed);
+    ON_PATH(path, product(w, value, x, bias, y, part, packed));
   });
 }
 

@@ -17,6 +17,7 @@ from tests.conftest import ROOT
 def bench(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     if device.type == "cuda":
         pytest.skip("run the bench itself there")
+    monkeypatch.syspath_prepend(ROOT / "bench")
     spec = importlib.util.spec_from_file_location("spmm_cuda", ROOT / "bench/spmm_cuda.py")
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
@@ -27,7 +28,7 @@ def bench(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
 
     for name, value in (("DEVICE", "cpu"), ("in_turns", in_turns), ("FLUSHED", 1 << 10)):
         monkeypatch.setattr(module, name, value)
-    monkeypatch.setattr(module, "LAWS", ("random", "blocks"))  # 2:4 is torch's own, on a GPU alone
+    monkeypatch.setattr(module, "PATTERNS", ("unstructured", "blocks"))  # 2:4 is torch's own, on a GPU alone
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "emulated")
     return module
 
