@@ -33,6 +33,7 @@ test: lint
 lint: $(VENV)/.test
 	ruff check .
 	ruff format --check .
+	clang-format --dry-run -Werror kernels/*.h kernels/*.cuh kernels/*/*.h kernels/*/*.cuh kernels/*/*.cpp kernels/*/*.cu
 	mypy
 
 clean:

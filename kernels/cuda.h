@@ -1,7 +1,7 @@
 // What every CUDA kernel here is written against: CUDA itself, or with CUDA_ON_CPU the emulator, from the same source.
 //
-// bfloat16 is uint16_t in memory, so that a source needs no header of CUDA's. Every function that Python calls is plain C,
-// takes the stream last, and returns a cudaError_t.
+// bfloat16 is uint16_t in memory, so that a source needs no header of CUDA's. Every function that Python calls is plain
+// C, takes the stream last, and returns a cudaError_t.
 
 #pragma once
 
@@ -14,8 +14,8 @@
 // The kernel may be a template's instance, in parentheses.
 #define LAUNCH(kernel, grid, block, shared, stream, ...) kernel<<<grid, block, shared, stream>>>(__VA_ARGS__)
 // Shared memory of the size that the launch gives.
-#define DYNAMIC_SHARED(type, name)                                   \
-  extern __shared__ __align__(16) unsigned char dynamic_shared[];    \
+#define DYNAMIC_SHARED(type, name)                                \
+  extern __shared__ __align__(16) unsigned char dynamic_shared[]; \
   type* const name = reinterpret_cast<type*>(dynamic_shared)
 #endif
 

@@ -51,7 +51,8 @@ inline std::vector<std::vector<Slice>> cut(const int64_t* lengths, int64_t parts
   return result;
 }
 
-// How many parts each of `pieces` of work is cut into, `most` at most: until no thread has much less to do than another.
+// How many parts each of `pieces` of work is cut into, `most` at most: until no thread has much less to do than
+// another.
 inline int64_t parts_of_each(int64_t pieces, int64_t threads, int64_t most) {
   int64_t parts = 1;
   for (; parts < std::min(threads, most); ++parts) {

@@ -30,9 +30,9 @@ constexpr int TILE = 32;
 // to[c, r] = from[r, c] + bias[r] for r < height and c < width; 0 for r from `height` on. `from` and `to` are row-major
 // with the given strides. A flag says whether a side is all whole packs, and aligned.
 template <class From, class To>
-__global__ void __launch_bounds__(TILE * TILE / 4)
-transpose_tile(const From* __restrict__ from, int height, int width, int64_t from_stride, bool from_packs,
-               const float* __restrict__ bias, To* __restrict__ to, int64_t to_stride, bool to_packs) {
+__global__ void __launch_bounds__(TILE* TILE / 4)
+    transpose_tile(const From* __restrict__ from, int height, int width, int64_t from_stride, bool from_packs,
+                   const float* __restrict__ bias, To* __restrict__ to, int64_t to_stride, bool to_packs) {
   __shared__ float tile[TILE][TILE + 1];
   const int slow = threadIdx.x / (TILE / 4), fast = threadIdx.x % (TILE / 4) * 4;
   const int row = blockIdx.y * TILE + slow, column = blockIdx.x * TILE + fast;

@@ -70,9 +70,8 @@ int product(int path, const Blocks& w, const Value* value, const Element* x, int
             Element* y, int threads, const Pool* pool) {
   const auto cut = [&](int64_t parts) { return cut_rows(w, parts); };
   const int64_t width = w.block_columns() * w.side;
-  return in_parts(batch, width, w.block_rows(), threads, pool, cut, [&](const Part& part, float* packed) {
-    ON_PATH(path, product(w, value, x, bias, y, part, packed));
-  });
+  return in_parts(batch, width, w.block_rows(), threads, pool, cut,
+                  [&](const Part& part, float* packed) { ON_PATH(path, product(w, value, x, bias, y, part, packed)); });
 }
 
 template <class Element>

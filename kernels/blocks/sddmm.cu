@@ -179,8 +179,11 @@ EXPORT int hpcprune_cuda_block_sddmm(int side, int64_t rows, int64_t columns, co
   if (side != 16 && side != 32 && side != 64) return 1;
   if (blocks == 0) return 0;
   const cudaStream_t on = static_cast<cudaStream_t>(stream);
-  if (side == 16) launch<16>(rows, columns, block_row, block_column, blocks, x, dy, batch, gradient, on);
-  else if (side == 32) launch<32>(rows, columns, block_row, block_column, blocks, x, dy, batch, gradient, on);
-  else launch<64>(rows, columns, block_row, block_column, blocks, x, dy, batch, gradient, on);
+  if (side == 16)
+    launch<16>(rows, columns, block_row, block_column, blocks, x, dy, batch, gradient, on);
+  else if (side == 32)
+    launch<32>(rows, columns, block_row, block_column, blocks, x, dy, batch, gradient, on);
+  else
+    launch<64>(rows, columns, block_row, block_column, blocks, x, dy, batch, gradient, on);
   return static_cast<int>(cudaGetLastError());
 }

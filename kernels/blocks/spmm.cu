@@ -192,8 +192,11 @@ EXPORT int hpcprune_cuda_block_spmm(int side, int64_t rows, int64_t columns, con
   if (rows == 0 || batch == 0) return 0;
   const Blocks w{rows, columns, block_start, block_column, value, whole_chunks(value, side)};
   const cudaStream_t on = static_cast<cudaStream_t>(stream);
-  if (side == 16) launch<16, 128>(w, x, batch, bias, y, on);
-  else if (side == 32) launch<32, 128>(w, x, batch, bias, y, on);
-  else launch<64, 128>(w, x, batch, bias, y, on);
+  if (side == 16)
+    launch<16, 128>(w, x, batch, bias, y, on);
+  else if (side == 32)
+    launch<32, 128>(w, x, batch, bias, y, on);
+  else
+    launch<64, 128>(w, x, batch, bias, y, on);
   return static_cast<int>(cudaGetLastError());
 }

@@ -4,7 +4,8 @@
 // an order that the seed in CUEMU_SEED decides, and what a GPU would let pass ends the launch with an error:
 //
 //   - threads of a block that wait at different barriers, or for each other, or for some that have exited
-//   - lanes of a warp that meet at different intrinsics, or with different masks; a shuffle from a lane that is not there
+//   - lanes of a warp that meet at different intrinsics, or with different masks; a shuffle from a lane that is not
+//   there
 //   - shared memory that is read before it is written, or before its asynchronous copy was waited for: it holds NaN, -1
 //   - an access where no memory is
 //   - a launch over CUDA's limits
@@ -35,13 +36,13 @@
 // Blocks run one after the other and can have the same memory.
 #define __shared__ static
 
-#include "types.h"
-#include "runtime.h"
 #include "block.h"
-#include "warp.h"
-#include "mma.h"
-#include "memory.h"
 #include "launch.h"
+#include "memory.h"
+#include "mma.h"
+#include "runtime.h"
+#include "types.h"
+#include "warp.h"
 
 #define threadIdx (cuemu::block.current->index)
 #define blockIdx (cuemu::block.index)

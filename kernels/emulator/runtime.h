@@ -22,20 +22,20 @@ using cudaStream_t = struct CUstream_st*;
 
 namespace cuemu __attribute__((visibility("hidden"))) {
 
-inline cudaError_t last_error = cudaSuccess;
-inline char error_text[2048] = "";
-inline std::map<const void*, size_t> shared_allowed;  // by kernel, where it is not SHARED_AS_IT_IS
+  inline cudaError_t last_error = cudaSuccess;
+  inline char error_text[2048] = "";
+  inline std::map<const void*, size_t> shared_allowed;  // by kernel, where it is not SHARED_AS_IT_IS
 
-// Keeps the first error until somebody asks for it.
-__attribute__((format(printf, 2, 3))) inline cudaError_t fail(cudaError_t error, const char* format, ...) {
-  if (last_error != cudaSuccess) return error;
-  last_error = error;
-  va_list arguments;
-  va_start(arguments, format);
-  std::vsnprintf(error_text, sizeof error_text, format, arguments);
-  va_end(arguments);
-  return error;
-}
+  // Keeps the first error until somebody asks for it.
+  __attribute__((format(printf, 2, 3))) inline cudaError_t fail(cudaError_t error, const char* format, ...) {
+    if (last_error != cudaSuccess) return error;
+    last_error = error;
+    va_list arguments;
+    va_start(arguments, format);
+    std::vsnprintf(error_text, sizeof error_text, format, arguments);
+    va_end(arguments);
+    return error;
+  }
 
 }  // namespace cuemu
 

@@ -42,13 +42,13 @@ using std::min;
 
 namespace cuemu __attribute__((visibility("hidden"))) {
 
-template <class To, class From>
-inline To bits_as(From value) {
-  static_assert(sizeof(To) == sizeof(From), "bits are neither cut nor made up");
-  To result;
-  std::memcpy(&result, &value, sizeof result);
-  return result;
-}
+  template <class To, class From>
+  inline To bits_as(From value) {
+    static_assert(sizeof(To) == sizeof(From), "bits are neither cut nor made up");
+    To result;
+    std::memcpy(&result, &value, sizeof result);
+    return result;
+  }
 
 }  // namespace cuemu
 

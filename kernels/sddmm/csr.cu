@@ -75,9 +75,9 @@ constexpr int RESIDENT = ONCE ? 24 : 20;
 // x is [columns, stride] and dy [rows, stride]. Where `add` is set, sums are added to what the gradient is.
 template <class Element, int LANES, bool ONCE>
 __global__ void __launch_bounds__(32, RESIDENT<ONCE>)
-sddmm_share(int rows, int64_t survivors, int share, const int32_t* __restrict__ row_start,
-            const int32_t* __restrict__ column, const Element* __restrict__ dy, const Element* __restrict__ x,
-            int stride, bool add, float* __restrict__ gradient) {
+    sddmm_share(int rows, int64_t survivors, int share, const int32_t* __restrict__ row_start,
+                const int32_t* __restrict__ column, const Element* __restrict__ dy, const Element* __restrict__ x,
+                int stride, bool add, float* __restrict__ gradient) {
   constexpr int WIDTH = PACKED<Element>, GROUPS = 32 / LANES, COUNT = LANES < 8 ? LANES : 8, TAKEN = COUNT * GROUPS;
   using Samples = Pack<Element, WIDTH>;
   // What is beyond the share is read, never used.
@@ -132,8 +132,10 @@ sddmm_share(int rows, int64_t survivors, int share, const int32_t* __restrict__ 
       *target = add ? *target + sum : sum;
     };
     for (int j = done / COUNT * COUNT; j < end; j += TAKEN) {
-      if (j >= done && j + TAKEN <= end) take(j, std::true_type{});
-      else take(j, std::false_type{});
+      if (j >= done && j + TAKEN <= end)
+        take(j, std::true_type{});
+      else
+        take(j, std::false_type{});
     }
     done = end;
     if (done < count) row = row_of(row_start, rows, row + 1, 1, first + done);
@@ -165,11 +167,16 @@ int sddmm(int64_t rows, int64_t columns, int64_t survivors, const int32_t* row_s
              int(stride), start > 0, gradient);
     };
     const int64_t packs = stride / PACKED<Element>;
-    if (packs > 32) run(sddmm_share<Element, 32, false>);
-    else if (packs > 16) run(sddmm_share<Element, 32, true>);
-    else if (packs > 8) run(sddmm_share<Element, 16, true>);
-    else if (packs > 4) run(sddmm_share<Element, 8, true>);
-    else run(sddmm_share<Element, 4, true>);
+    if (packs > 32)
+      run(sddmm_share<Element, 32, false>);
+    else if (packs > 16)
+      run(sddmm_share<Element, 32, true>);
+    else if (packs > 8)
+      run(sddmm_share<Element, 16, true>);
+    else if (packs > 4)
+      run(sddmm_share<Element, 8, true>);
+    else
+      run(sddmm_share<Element, 4, true>);
     start += SLAB;
   } while (start < batch);
   return int(cudaGetLastError());

@@ -248,9 +248,13 @@ EXPORT int hpcprune_cuda_bitmap(int64_t rows, int64_t columns, const int32_t* st
                   static_cast<int>((columns + TILE_COLUMNS - 1) / TILE_COLUMNS),
                   largest};
   const cudaStream_t on = static_cast<cudaStream_t>(stream);
-  if (batch <= 8) launch<8, 1>(w, x, batch, bias, y, on);
-  else if (batch <= 16) launch<16, 1>(w, x, batch, bias, y, on);
-  else if (batch <= 32) launch<32, 2>(w, x, batch, bias, y, on);
-  else launch<64, 2>(w, x, batch, bias, y, on);
+  if (batch <= 8)
+    launch<8, 1>(w, x, batch, bias, y, on);
+  else if (batch <= 16)
+    launch<16, 1>(w, x, batch, bias, y, on);
+  else if (batch <= 32)
+    launch<32, 2>(w, x, batch, bias, y, on);
+  else
+    launch<64, 2>(w, x, batch, bias, y, on);
   return static_cast<int>(cudaGetLastError());
 }

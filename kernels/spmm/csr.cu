@@ -35,9 +35,9 @@ __device__ __forceinline__ int warp_index() { return blockIdx.x * WARPS + thread
 
 template <class Value, class Element, int SAMPLES>
 __global__ void __launch_bounds__(32 * WARPS)
-spmm_few(int rows, int columns, const int32_t* __restrict__ row_start, const int32_t* __restrict__ column,
-         const Value* __restrict__ value, bool packs, const int32_t* __restrict__ row_order,
-         const Element* __restrict__ x, const float* __restrict__ bias, Element* __restrict__ y) {
+    spmm_few(int rows, int columns, const int32_t* __restrict__ row_start, const int32_t* __restrict__ column,
+             const Value* __restrict__ value, bool packs, const int32_t* __restrict__ row_order,
+             const Element* __restrict__ x, const float* __restrict__ bias, Element* __restrict__ y) {
   if (warp_index() >= rows) return;
   const int lane = threadIdx.x % 32, row = row_order[warp_index()], begin = row_start[row];
   const int length = row_start[row + 1] - begin;
@@ -121,9 +121,9 @@ struct Group {
 // x is [columns, stride], `sums` [rows, stride].
 template <class Value, class Element, int LANES>
 __global__ void __launch_bounds__(32 * WARPS, RESIDENT)
-spmm_tile(int rows, const int32_t* __restrict__ row_start, const int32_t* __restrict__ column,
-          const Value* __restrict__ value, const int32_t* __restrict__ row_order, const Element* __restrict__ x,
-          int first_sample, int stride, float* __restrict__ sums) {
+    spmm_tile(int rows, const int32_t* __restrict__ row_start, const int32_t* __restrict__ column,
+              const Value* __restrict__ value, const int32_t* __restrict__ row_order, const Element* __restrict__ x,
+              int first_sample, int stride, float* __restrict__ sums) {
   using Own = Group<Element, LANES>;
   constexpr int STAGED = Own::STAGED, WIDTH = Own::WIDTH;
   alignas(16) __shared__ Nonzero staged[WARPS][STAGED];

@@ -88,30 +88,16 @@ inline void product(const Layout& w, const Value* value, const Operand& operand,
 #define TILE(VECTOR, COUNT) tile<VECTOR, COUNT, Column>(w, value, part, read_any<Operand>, &operand, panel, sums)
   switch (part.width) {
 #if LANES == 16
-    case 32:
-      TILE(Float16, 2);
-      break;
-    case 16:
-      TILE(Float16, 1);
-      break;
-    case 8:
-      TILE(Float8, 1);
-      break;
+    case 32: TILE(Float16, 2); break;
+    case 16: TILE(Float16, 1); break;
+    case 8: TILE(Float8, 1); break;
 #elif LANES == 8
-    case 16:
-      TILE(Float8, 2);
-      break;
-    case 8:
-      TILE(Float8, 1);
-      break;
+    case 16: TILE(Float8, 2); break;
+    case 8: TILE(Float8, 1); break;
 #else
-    case 8:
-      TILE(Float4, 2);
-      break;
+    case 8: TILE(Float4, 2); break;
 #endif
-    case 4:
-      TILE(Float4, 1);
-      break;
+    case 4: TILE(Float4, 1); break;
     default:
       read(operand, part.image, part.sample, 1, 0, w.columns, panel, 1);
       single<Column>(w, value, part.first, part.last, panel, sums);

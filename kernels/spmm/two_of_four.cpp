@@ -52,9 +52,8 @@ int multiply(int path, const TwoOfFour& w, const Value* value, const Element* x,
     for (int64_t part = 0; part <= parts; ++part) cuts.push_back(w.stripes() * part / parts);
     return cuts;
   };
-  return in_parts(batch, w.units() * UNIT, w.stripes(), threads, pool, cut, [&](const Part& part, float* packed) {
-    ON_PATH(path, product(w, value, x, bias, y, part, packed));
-  });
+  return in_parts(batch, w.units() * UNIT, w.stripes(), threads, pool, cut,
+                  [&](const Part& part, float* packed) { ON_PATH(path, product(w, value, x, bias, y, part, packed)); });
 }
 
 }  // namespace

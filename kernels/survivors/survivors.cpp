@@ -254,67 +254,39 @@ extern "C" {
 int hpcprune_gather(int path, int size, const void* dense, int64_t length, const uint8_t* bits, void* packed,
                     int threads) {
   switch (size) {
-    case 2:
-      gather_all<uint16_t>(path, dense, length, bits, packed, threads);
-      return 0;
-    case 4:
-      gather_all<uint32_t>(path, dense, length, bits, packed, threads);
-      return 0;
-    case 8:
-      gather_all<uint64_t>(path, dense, length, bits, packed, threads);
-      return 0;
-    default:
-      return 1;
+    case 2: gather_all<uint16_t>(path, dense, length, bits, packed, threads); return 0;
+    case 4: gather_all<uint32_t>(path, dense, length, bits, packed, threads); return 0;
+    case 8: gather_all<uint64_t>(path, dense, length, bits, packed, threads); return 0;
+    default: return 1;
   }
 }
 
 int hpcprune_scatter(int path, int size, void* dense, int64_t length, const uint8_t* bits, const void* packed,
                      int threads) {
   switch (size) {
-    case 2:
-      scatter_all<true, uint16_t>(path, dense, length, bits, packed, threads);
-      return 0;
-    case 4:
-      scatter_all<true, uint32_t>(path, dense, length, bits, packed, threads);
-      return 0;
-    case 8:
-      scatter_all<true, uint64_t>(path, dense, length, bits, packed, threads);
-      return 0;
-    default:
-      return 1;
+    case 2: scatter_all<true, uint16_t>(path, dense, length, bits, packed, threads); return 0;
+    case 4: scatter_all<true, uint32_t>(path, dense, length, bits, packed, threads); return 0;
+    case 8: scatter_all<true, uint64_t>(path, dense, length, bits, packed, threads); return 0;
+    default: return 1;
   }
 }
 
 int hpcprune_update(int path, int size, void* dense, int64_t length, const uint8_t* bits, const void* packed,
                     int threads) {
   switch (size) {
-    case 2:
-      scatter_all<false, uint16_t>(path, dense, length, bits, packed, threads);
-      return 0;
-    case 4:
-      scatter_all<false, uint32_t>(path, dense, length, bits, packed, threads);
-      return 0;
-    case 8:
-      scatter_all<false, uint64_t>(path, dense, length, bits, packed, threads);
-      return 0;
-    default:
-      return 1;
+    case 2: scatter_all<false, uint16_t>(path, dense, length, bits, packed, threads); return 0;
+    case 4: scatter_all<false, uint32_t>(path, dense, length, bits, packed, threads); return 0;
+    case 8: scatter_all<false, uint64_t>(path, dense, length, bits, packed, threads); return 0;
+    default: return 1;
   }
 }
 
 int hpcprune_zero_pruned(int size, void* dense, int64_t length, const uint8_t* bits, int threads) {
   switch (size) {
-    case 2:
-      zero_all<uint16_t>(dense, length, bits, threads);
-      return 0;
-    case 4:
-      zero_all<uint32_t>(dense, length, bits, threads);
-      return 0;
-    case 8:
-      zero_all<uint64_t>(dense, length, bits, threads);
-      return 0;
-    default:
-      return 1;
+    case 2: zero_all<uint16_t>(dense, length, bits, threads); return 0;
+    case 4: zero_all<uint32_t>(dense, length, bits, threads); return 0;
+    case 8: zero_all<uint64_t>(dense, length, bits, threads); return 0;
+    default: return 1;
   }
 }
 

@@ -174,14 +174,10 @@ int with_alignment(const void* dense, int64_t length, const Work& work) {
 template <class Work>
 int with_element(int size, const void* dense, int64_t length, const Work& work) {
   switch (size) {
-    case 2:
-      return with_alignment<uint16_t>(dense, length, work);
-    case 4:
-      return with_alignment<uint32_t>(dense, length, work);
-    case 8:
-      return with_alignment<uint64_t>(dense, length, work);
-    default:
-      return 1;
+    case 2: return with_alignment<uint16_t>(dense, length, work);
+    case 4: return with_alignment<uint32_t>(dense, length, work);
+    case 8: return with_alignment<uint64_t>(dense, length, work);
+    default: return 1;
   }
 }
 

@@ -56,17 +56,10 @@ void with_alignment(const void* data, const Work& work) {
 template <View VIEW, class Work>
 bool with_key(int bits, const void* data, const Work& work) {
   switch (bits) {
-    case 16:
-      with_alignment<int16_t, VIEW>(data, work);
-      return true;
-    case 32:
-      with_alignment<int32_t, VIEW>(data, work);
-      return true;
-    case 64:
-      with_alignment<int64_t, VIEW>(data, work);
-      return true;
-    default:
-      return false;
+    case 16: with_alignment<int16_t, VIEW>(data, work); return true;
+    case 32: with_alignment<int32_t, VIEW>(data, work); return true;
+    case 64: with_alignment<int64_t, VIEW>(data, work); return true;
+    default: return false;
   }
 }
 
@@ -74,15 +67,9 @@ template <class Work>
 int with_types(int bits, int view, const void* data, const Work& work) {
   bool known = false;
   switch (view) {
-    case SIGNED:
-      known = with_key<SIGNED>(bits, data, work);
-      break;
-    case ABSOLUTE:
-      known = with_key<ABSOLUTE>(bits, data, work);
-      break;
-    case KEYS:
-      known = with_key<KEYS>(bits, data, work);
-      break;
+    case SIGNED: known = with_key<SIGNED>(bits, data, work); break;
+    case ABSOLUTE: known = with_key<ABSOLUTE>(bits, data, work); break;
+    case KEYS: known = with_key<KEYS>(bits, data, work); break;
   }
   return known ? static_cast<int>(cudaGetLastError()) : 1;
 }

@@ -254,31 +254,20 @@ int64_t pack_all(int path, const Arrays& arrays, Key threshold, int64_t first_cu
 template <class Work, View VIEW>
 bool with_key(int bits, const Work& work, std::integral_constant<View, VIEW> view) {
   switch (bits) {
-    case 16:
-      work(int16_t(), view);
-      return true;
-    case 32:
-      work(int32_t(), view);
-      return true;
-    case 64:
-      work(int64_t(), view);
-      return true;
-    default:
-      return false;
+    case 16: work(int16_t(), view); return true;
+    case 32: work(int32_t(), view); return true;
+    case 64: work(int64_t(), view); return true;
+    default: return false;
   }
 }
 
 template <class Work>
 bool with_types(int bits, int view, const Work& work) {
   switch (view) {
-    case SIGNED:
-      return with_key(bits, work, std::integral_constant<View, SIGNED>());
-    case ABSOLUTE:
-      return with_key(bits, work, std::integral_constant<View, ABSOLUTE>());
-    case KEYS:
-      return with_key(bits, work, std::integral_constant<View, KEYS>());
-    default:
-      return false;
+    case SIGNED: return with_key(bits, work, std::integral_constant<View, SIGNED>());
+    case ABSOLUTE: return with_key(bits, work, std::integral_constant<View, ABSOLUTE>());
+    case KEYS: return with_key(bits, work, std::integral_constant<View, KEYS>());
+    default: return false;
   }
 }
 

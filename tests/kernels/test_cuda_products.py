@@ -1,11 +1,9 @@
-"""Products on a GPU as the package computes them: layouts, operators and their gradients, against dense float64."""
+"""Products on a GPU as the package computes them: layouts and operators, against dense float64."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -14,93 +12,12 @@ from torch.nn import functional
 from hpcprune.native import launching
 from hpcprune.native.cuda import CudaError
 from hpcprune.sparse import bitmap_tiles, bsr, csr
-from hpcprune.sparse.cuda_ops import (
-    bitmap_tiles_linear,
-    bsr_linear,
-    bsr_survivors_linear,
-    csr_linear,
-    csr_survivors_linear,
-)
+from hpcprune.sparse.cuda_ops import bitmap_tiles_linear, bsr_linear, csr_linear
 from hpcprune.sparse.kernels import SparseError
-from tests.kernels.test_products import bits_of
+from tests.kernels.cuda_layers import FLOATS, HALF, OPERATORS, assert_product, mask_of, pruned, training
 
-FLOATS = [torch.float32, torch.bfloat16]
-HALF = torch.bfloat16
-ROUNDING = {torch.float32: 2.0**-24, torch.bfloat16: 2.0**-8}
 BATCHES = [1, 4, 5, 33]
 SIDES = [16, 32, 64]
-OPERATORS = [
-    pytest.param("csr", torch.float32, id="csr float32"),
-    pytest.param("csr", HALF, id="csr bfloat16"),
-    pytest.param("bsr", HALF, id="bsr"),
-]
-
-
-def pruned(device: torch.device, dtype: torch.dtype, rows: int, columns: int, side: int = 1) -> Tensor:
-    """Weights of which a fifth survives, in blocks; the second row of blocks is empty, the first whole."""
-    generator = torch.Generator().manual_seed(rows)
-    kept = torch.rand(-(-rows // side), -(-columns // side), generator=generator) < 0.2
-    kept[1:2] = False
-    kept[0] = True
-    kept = kept.repeat_interleave(side, 0).repeat_interleave(side, 1)[:rows, :columns]
-    weights = torch.randn(rows, columns, generator=generator).abs() + 0.1
-    return (weights * torch.where(torch.rand(rows, columns, generator=generator) < 0.5, -1, 1) * kept).to(device, dtype)
-
-
-def mask_of(weights: Tensor) -> np.ndarray:
-    return bits_of(weights.cpu())
-
-
-def assert_near(given: Tensor, exact: Tensor, terms: Tensor, count: int) -> None:
-    """Within what a float32 sum of `count` terms in any order may differ by, and the rounding of its result."""
-    slack = terms * (count + 1) * 2.0**-24 * 1.01
-    slack = slack + ROUNDING[given.dtype] * (exact.abs() + slack)
-    difference = (given.detach().double() - exact).abs()
-    assert (difference <= slack).all(), f"{(difference - slack).max():g} beyond the bound"
-
-
-def assert_product(y: Tensor, x: Tensor, weights: Tensor, bias: Tensor | None) -> None:
-    exact, terms = x.double() @ weights.double().t(), x.double().abs() @ weights.double().abs().t()
-    if bias is not None:
-        exact, terms = exact + bias.double(), terms + bias.double().abs()
-    assert_near(y, exact, terms, weights.shape[1] + 1)
-
-
-@dataclass
-class Training:
-    """A pruned layer with what its operator takes, and its dense twin in float64."""
-
-    operator: Any
-    x: Tensor
-    survivors: Tensor
-    bias: Tensor
-    layout: tuple[Any, ...]
-    weights: Tensor
-
-    def __call__(self) -> Tensor:
-        product: Tensor = self.operator(*self.arguments)
-        return product
-
-    @property
-    def arguments(self) -> tuple[Any, ...]:
-        return self.x, self.survivors, self.bias, *self.layout
-
-
-def training(device: torch.device, kind: str, dtype: torch.dtype, rows: int = 70, columns: int = 100) -> Training:
-    weights = pruned(device, dtype, rows, columns, 1 if kind == "csr" else 16)
-    bits = mask_of(weights)
-    if kind == "csr":
-        own, across = (csr.lay_out(bits, rows, columns, device, transposed=way) for way in (False, True))
-        tensors = (own.start, own.column, own.row_order, across.start, across.column, across.row_order, across.order)
-        operator, layout = csr_survivors_linear, tensors
-    else:
-        own, across = (bsr.lay_out(bits, rows, columns, 16, device, transposed=way) for way in (False, True))
-        tensors = (own.start, own.row, own.column, own.order, across.start, across.column, across.order)
-        operator, layout = bsr_survivors_linear, (*tensors, rows, columns)
-    torch.manual_seed(1)
-    x = torch.randn(2, 5, columns, device=device, dtype=dtype, requires_grad=True)
-    bias = torch.randn(rows, device=device, dtype=dtype, requires_grad=True)
-    return Training(operator, x, weights[weights != 0].requires_grad_(), bias, layout, weights)
 
 
 # Products
@@ -183,52 +100,6 @@ def test_any_shape_and_stride_of_samples(device: torch.device) -> None:
     assert_product(csr_linear(x, *operands).view(6, 20), x.reshape(6, 30), weights, None)
     assert csr_linear(x[0, 0], *operands).shape == (20,)
     assert csr_linear(x[:0], *operands).shape == (0, 3, 20)
-
-
-# Gradients
-
-
-@pytest.mark.parametrize("kind,dtype", OPERATORS)
-def test_gradients_are_those_of_the_dense_layer(device: torch.device, kind: str, dtype: torch.dtype) -> None:
-    layer = training(device, kind, dtype)
-    given = torch.randn(2, 5, 70, device=device).to(dtype)
-    layer().backward(given)
-    x, dy = layer.x.detach().double().view(10, 100), given.double().view(10, 70)
-    assert layer.x.grad is not None and layer.survivors.grad is not None and layer.bias.grad is not None
-    assert_product(layer.x.grad.view(10, 100), dy, layer.weights.t(), None)
-    kept = layer.weights != 0
-    assert_near(layer.survivors.grad, (dy.t() @ x)[kept], (dy.t().abs() @ x.abs())[kept], 10)
-    assert_near(layer.bias.grad, dy.sum(0), dy.abs().sum(0), 10)
-
-
-@pytest.mark.parametrize("kind,dtype", OPERATORS)
-@pytest.mark.parametrize("needed", range(3))
-def test_only_what_is_needed_gets_a_gradient(
-    device: torch.device,
-    kind: str,
-    dtype: torch.dtype,
-    needed: int,
-) -> None:
-    layer = training(device, kind, dtype)
-    leaves = layer.x, layer.survivors, layer.bias
-    for i, leaf in enumerate(leaves):
-        leaf.requires_grad_(i == needed)
-    layer().sum().backward()  # type: ignore[no-untyped-call]
-    assert [leaf.grad is not None for leaf in leaves] == [i == needed for i in range(3)]
-
-
-def test_a_gradient_is_the_products_slope(device: torch.device) -> None:
-    """By differences: the product is linear in each operand, so a step of any size will do."""
-    layer = training(device, "csr", torch.float32)
-    layer().sum().backward()  # type: ignore[no-untyped-call]
-    for leaf in (layer.x, layer.survivors, layer.bias):
-        assert leaf.grad is not None
-        step, before, at = torch.randn_like(leaf), layer().double().sum(), leaf.detach().clone()
-        with torch.no_grad():
-            leaf += step
-            slope = layer().double().sum() - before
-            leaf.copy_(at)
-        torch.testing.assert_close(slope, (leaf.grad.double() * step.double()).sum(), rtol=1e-3, atol=1e-2)
 
 
 # As torch operators
