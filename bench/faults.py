@@ -31,10 +31,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from hpcprune.checkpoint import State, newest_step, read_model
 from hpcprune.errors import CheckpointError
-from tests.conftest import NOT_STARTED, ROOT, launch_command, launch_environment
+from tests.conftest import NOT_STARTED, TINY, launch_command, launch_environment
 from tests.mpi.test_run import assert_same_weights
 
-JOB = ROOT / "tests/jobs/tiny/job.yaml"
 TIMEOUT = 120.0
 LONGEST_LIFE = 10.0  # seconds that a rank may live after the kill
 # Each moment of tests/jobs/tiny/faults.py: how often the job comes to it (less often where the disk is slow, since a
@@ -109,7 +108,7 @@ def launch(out: Path, ranks: int, fault: Fault | None = None) -> Ended:
 
 
 def _launch(out: Path, ranks: int, fault: Fault | None) -> Ended:
-    command = launch_command(ranks, "hpcprune", "run", str(JOB), "--out", str(out))
+    command = launch_command(ranks, "hpcprune", "run", TINY, "--out", out)
     record, printed = out.with_suffix(".killed"), out.with_suffix(".txt")
     record.write_text("")
     with printed.open("w") as text:
@@ -181,13 +180,17 @@ def try_one(fault: Fault, ranks: int, out: Path, expected: State) -> Outcome:
     return Outcome(fault, "right", "", cut.lived)
 
 
-def try_many(kills: int, seed: int, ranks: int, base: Path) -> Iterator[Outcome]:
+def undisturbed(ranks: int, out: Path) -> State:
+    """What a run ends in that nothing disturbs."""
+    ended = launch(out, ranks)
+    if ended.status != 0:
+        sys.exit(f"{ended.text}\nthe undisturbed run failed; run it by hand: hpcprune run {TINY}")
+    return read_model(out / "model.h5")
+
+
+def try_many(kills: int, seed: int, ranks: int, base: Path, expected: State) -> Iterator[Outcome]:
     """What became of runs in `base`, until so many were killed; draws whose moment never came are among them."""
     chance, killed = random.Random(seed), 0
-    undisturbed = launch(base / "undisturbed", ranks)
-    if undisturbed.status != 0:
-        sys.exit(f"{undisturbed.text}\nthe undisturbed run failed; run it by hand: hpcprune run {JOB}")
-    expected = read_model(base / "undisturbed/model.h5")
     for number in range(1, 2 * kills + 1):
         if killed == kills:
             return
@@ -205,7 +208,8 @@ def main() -> None:
     os.environ.pop("FAULT", None)
     outcomes = []
     with tempfile.TemporaryDirectory() as base:
-        for number, outcome in enumerate(try_many(given.kills, given.seed, given.ranks, Path(base)), 1):
+        expected = undisturbed(given.ranks, Path(base) / "undisturbed")
+        for number, outcome in enumerate(try_many(given.kills, given.seed, given.ranks, Path(base), expected), 1):
             outcomes.append(outcome)
             lived = f"  ranks gone after {outcome.lived:.2f} s" if outcome.killed else ""
             print(f"{number:4} {outcome.fault!s:32} rank {outcome.fault.rank}  {outcome.kind:11}{lived}", flush=True)

@@ -19,6 +19,7 @@ from tests.commands import Command, server
 
 ROOT = Path(__file__).resolve().parent.parent
 SMALL = ROOT / "tests/jobs/small"
+TINY = ROOT / "tests/jobs/tiny/job.yaml"
 
 # Two things Open MPI wants to be told: that root may run it, and that ranks may share a core.
 LAUNCH = {
@@ -84,6 +85,16 @@ def done(tmp_path_factory: pytest.TempPathFactory, hpcprune: Command) -> Path:
     ended = hpcprune("run", SMALL / "job.yaml", "--out", done)
     assert ended.code == 0, ended.err
     return done
+
+
+@pytest.fixture(scope="session")
+def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a run on 2 ranks that nothing disturbed; not to be changed."""
+    out = tmp_path_factory.mktemp("uninterrupted") / "run"
+    command = launch_command(2, "hpcprune", "run", TINY, "--out", out)
+    done = subprocess.run(command, env=launch_environment(), capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    return out
 
 
 @pytest.fixture

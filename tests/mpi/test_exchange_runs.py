@@ -12,9 +12,7 @@ import pytest
 
 from hpcprune.checkpoint import read_model, read_step
 from tests.conftest import Launch
-from tests.mpi.test_run import PACK, assert_same_weights, run, uninterrupted
-
-__all__ = ["uninterrupted"]
+from tests.mpi.test_run import PACK, assert_same_weights, run
 
 TOP_K = ("retrain.optimizer={name: sgd, lr: 0.02, momentum: 0.9}", "retrain.top_k={share: 0.2, warmup: 3}")
 

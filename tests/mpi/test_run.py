@@ -15,15 +15,14 @@ import pytest
 
 from hpcprune.beat import read_beat
 from hpcprune.checkpoint import State, newest_step, read_model, read_step
-from tests.conftest import ROOT, Launch, launch_command, launch_environment
+from tests.conftest import TINY, Launch, launch_command, launch_environment
 
-JOB = ROOT / "tests/jobs/tiny/job.yaml"
 STOPPED = 75
 PACK = "retrain.packing=always"  # nothing is tried then, so that batches are steps
 
 
 def run(mpirun: Launch, out: Path, ranks: int = 2, *more: str, timeout: float = 120, **env: str):
-    return mpirun(ranks, "hpcprune", "run", JOB, *more, "--out", out, timeout=timeout, env=env)
+    return mpirun(ranks, "hpcprune", "run", TINY, *more, "--out", out, timeout=timeout, env=env)
 
 
 def assert_same_weights(a: State, b: State) -> None:
@@ -34,16 +33,6 @@ def assert_same_weights(a: State, b: State) -> None:
         np.testing.assert_array_equal(a.layers[name].mask, b.layers[name].mask, err_msg=name)
     for name in a.tensors:
         np.testing.assert_array_equal(a.tensors[name].array, b.tensors[name].array, err_msg=name)
-
-
-@pytest.fixture(scope="module")
-def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of a run on 2 ranks that nothing disturbed."""
-    out = tmp_path_factory.mktemp("uninterrupted") / "run"
-    command = launch_command(2, "hpcprune", "run", str(JOB), "--out", str(out))
-    done = subprocess.run(command, env=launch_environment(), capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr
-    return out
 
 
 def test_a_run_leaves_its_result_and_its_report(uninterrupted: Path) -> None:
@@ -237,7 +226,7 @@ def test_a_signal_stops_with_a_checkpoint_and_the_run_goes_on_bit_for_bit(
     mpirun: Launch, tmp_path: Path, uninterrupted: Path, to_ranks: bool
 ) -> None:
     out = tmp_path / "run"
-    command = launch_command(2, "hpcprune", "run", str(JOB), "--out", str(out))
+    command = launch_command(2, "hpcprune", "run", TINY, "--out", out)
     with subprocess.Popen(
         command,
         env=launch_environment({"TINY_SLEEP": "0.05"}),
@@ -306,7 +295,7 @@ def test_a_rank_that_raises_ends_all_with_its_traceback_once(mpirun: Launch, tmp
 
 def test_a_rank_that_raises_ends_the_others_within_5_seconds(mpirun: Launch, tmp_path: Path) -> None:
     out = tmp_path / "run"
-    command = launch_command(2, "hpcprune", "run", str(JOB), "--out", str(out))
+    command = launch_command(2, "hpcprune", "run", TINY, "--out", out)
     with subprocess.Popen(
         command,
         env=launch_environment({"TINY": "raise:1:30"}),

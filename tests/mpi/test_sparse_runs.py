@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from hpcprune.checkpoint import read_model
-from tests.conftest import Launch
-from tests.mpi.test_run import JOB, PACK, assert_same_weights
+from tests.conftest import TINY, Launch
+from tests.mpi.test_run import PACK, assert_same_weights
 
 # The clock says that sparse layers are faster.
 PATCH = """
@@ -26,7 +26,7 @@ breakeven._fastest = lambda trainer: (trainer.close(), next(seconds))[1]
 @pytest.fixture
 def job(tmp_path: Path) -> Path:
     folder = tmp_path / "job"
-    shutil.copytree(JOB.parent, folder)
+    shutil.copytree(TINY.parent, folder)
     with (folder / "task.py").open("a") as task:
         task.write(PATCH)
     return folder / "job.yaml"

@@ -10,15 +10,13 @@ from pathlib import Path
 import pytest
 
 from hpcprune.checkpoint import newest_step, read_model, read_step
-from tests.conftest import ROOT, Launch
-from tests.mpi.test_run import PACK, assert_same_weights, uninterrupted
+from tests.conftest import ROOT, TINY, Launch
+from tests.mpi.test_run import PACK, assert_same_weights
 from tests.slurm.conftest import Slurm, SlurmJob, clear, emulate
-
-__all__ = ["uninterrupted"]
 
 pytestmark = pytest.mark.timeout(600)
 TWO = ("--nodes=2", "--ntasks-per-node=1", "--exclusive", "--cpus-per-task=1")  # with threads as under mpirun
-SCRIPT, TINY = ROOT / "slurm/prune.sh", ROOT / "tests/jobs/tiny/job.yaml"
+SCRIPT = ROOT / "slurm/prune.sh"
 
 
 def submit(

@@ -12,13 +12,12 @@ from typing import Any
 import pytest
 
 from hpcprune.checkpoint import read_model
-from tests.conftest import ROOT
+from tests.conftest import ROOT, TINY
 from tests.slurm.conftest import Slurm, SlurmJob
 from tests.slurm.test_prune import in_the_middle
 from tests.slurm.test_prune import submit as submit_tiny
 
 pytestmark = pytest.mark.timeout(600)
-TINY = ROOT / "tests/jobs/tiny/job.yaml"
 
 
 def hpcprune(slurm: Slurm, folder: Path, *arguments: str | Path, **env: str) -> subprocess.CompletedProcess[str]:
