@@ -55,7 +55,7 @@ def launch_environment(extra: Mapping[str, str] | None = None) -> dict[str, str]
     return {**os.environ, **LAUNCH, "PYTHONPATH": path, **(extra or {})}
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def mpirun() -> Launch:
     """Run Python on several ranks: `mpirun(3, "script.py", "arg")` or `mpirun(2, "hpcprune", "run", "job.yaml")`."""
 
@@ -88,11 +88,10 @@ def done(tmp_path_factory: pytest.TempPathFactory, hpcprune: Command) -> Path:
 
 
 @pytest.fixture(scope="session")
-def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def uninterrupted(tmp_path_factory: pytest.TempPathFactory, mpirun: Launch) -> Path:
     """The folder of a run on 2 ranks that nothing disturbed; not to be changed."""
     out = tmp_path_factory.mktemp("uninterrupted") / "run"
-    command = launch_command(2, "hpcprune", "run", TINY, "--out", out)
-    done = subprocess.run(command, env=launch_environment(), capture_output=True, text=True, timeout=120)
+    done = mpirun(2, "hpcprune", "run", TINY, "--out", out, timeout=120)
     assert done.returncode == 0, done.stderr
     return out
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import time
@@ -15,6 +16,7 @@ import pytest
 
 from hpcprune.beat import read_beat
 from hpcprune.checkpoint import State, newest_step, read_model, read_step
+from tests.commands import Command
 from tests.conftest import TINY, Launch, launch_command, launch_environment
 
 STOPPED = 75
@@ -146,15 +148,15 @@ def test_what_was_chosen_for_a_round_is_kept_before_its_first_step(
     assert_same_weights(read_model(out / "model.h5"), read_model(uninterrupted / "model.h5"))
 
 
-def assert_obeyed(mpirun: Launch, message: str, out: Path, *more: str) -> None:
+def assert_obeyed(hpcprune: Command, message: str, out: Path, *more: str) -> None:
     """What a run that diverged says of a changed job works."""
     assert "A changed job needs a folder of its own (--out), and can begin with this one's dense network" in (
         " ".join(message.split())
     )
-    changed = (*more, "retrain.clip_norm=1", f"weights={out / 'dense.h5'}")
-    assert "the run of another job" in " ".join(run(mpirun, out, 2, *changed).stderr.split())
-    done = run(mpirun, out.with_name("changed"), 2, *changed)
-    assert done.returncode == 0, done.stderr
+    changed = ("run", TINY, *more, "retrain.clip_norm=1", f"weights={out / 'dense.h5'}", "--out")
+    assert "the run of another job" in " ".join(hpcprune(*changed, out).err.split())
+    done = hpcprune(*changed, out.with_name("changed"))
+    assert done.code == 0, done.err
 
 
 def test_weights_that_are_not_finite_are_never_saved(mpirun: Launch, tmp_path: Path) -> None:
@@ -181,7 +183,7 @@ def test_packing_may_change_in_the_middle_of_a_round(mpirun: Launch, tmp_path: P
     ids=["float32", "bfloat16", "top-k"],
 )
 def test_nan_on_one_rank_ends_all_with_its_place_and_the_checkpoint_under_way_is_kept(
-    mpirun: Launch, tmp_path: Path, more: tuple[str, ...]
+    mpirun: Launch, hpcprune: Command, tmp_path: Path, more: tuple[str, ...]
 ) -> None:
     out, more = tmp_path / "run", (*more, PACK)
     spoilt = run(mpirun, out, 2, *more, TINY="nan:1:47", TINY_DISK="39:47")
@@ -189,7 +191,7 @@ def test_nan_on_one_rank_ends_all_with_its_place_and_the_checkpoint_under_way_is
     assert spoilt.stderr.count("hpcprune: error") == 1 and "Traceback" not in spoilt.stderr
     said = "retrain 1: step 14: NaN or infinite values on rank 1: the gradient of 6.bias (loss nan); lower the learning"
     assert said in " ".join(spoilt.stderr.split())
-    assert_obeyed(mpirun, spoilt.stderr, out, *more)
+    assert_obeyed(hpcprune, spoilt.stderr, out, *more)
     assert newest_step(out / "checkpoints") == (out / "checkpoints/step-00000040", [])
     resumed = run(mpirun, out, 2, *more)
     assert resumed.returncode == 0, resumed.stderr
@@ -252,12 +254,17 @@ def test_a_signal_stops_with_a_checkpoint_and_the_run_goes_on_bit_for_bit(
     assert_same_weights(read_model(out / "model.h5"), read_model(uninterrupted / "model.h5"))
 
 
-@pytest.mark.parametrize("ranks", [1, 3])
-def test_a_run_goes_on_with_another_number_of_ranks(
-    mpirun: Launch, tmp_path: Path, uninterrupted: Path, ranks: int
-) -> None:
-    out = tmp_path / "run"
+@pytest.fixture(scope="module")
+def killed(tmp_path_factory: pytest.TempPathFactory, mpirun: Launch) -> Path:
+    """The folder of a run on 2 ranks that was killed in its first round."""
+    out = tmp_path_factory.mktemp("killed") / "run"
     assert run(mpirun, out, TINY="kill:1:60").returncode != 0
+    return out
+
+
+@pytest.mark.parametrize("ranks", [1, 3])
+def test_a_run_goes_on_with_another_number_of_ranks(mpirun: Launch, tmp_path: Path, killed: Path, ranks: int) -> None:
+    out = Path(shutil.copytree(killed, tmp_path / "run"))
     path, _ = newest_step(out / "checkpoints")
     assert path is not None
     before = read_step(path)
