@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from hpcprune.checkpoint import read_model
+from hpcprune.checkpoint import State, read_model
 from tests.conftest import TINY, Launch
 from tests.mpi.test_run import PACK, assert_same_weights
 
@@ -23,30 +23,40 @@ breakeven._fastest = lambda trainer: (trainer.close(), next(seconds))[1]
 """
 
 
-@pytest.fixture
-def job(tmp_path: Path) -> Path:
-    folder = tmp_path / "job"
-    shutil.copytree(TINY.parent, folder)
+SPARSE = (PACK, "retrain.sparse=auto")
+
+
+@pytest.fixture(scope="module")
+def job(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = Path(shutil.copytree(TINY.parent, tmp_path_factory.mktemp("job") / "job"))
     with (folder / "task.py").open("a") as task:
         task.write(PATCH)
     return folder / "job.yaml"
 
 
-@pytest.mark.parametrize("step", [55, 85])
-def test_a_run_with_sparse_layers_goes_on_bit_for_bit(mpirun: Launch, tmp_path: Path, job: Path, step: int) -> None:
-    command = ("hpcprune", "run", job, PACK, "retrain.sparse=auto", "--out")
-    whole = mpirun(2, *command, tmp_path / "whole", timeout=120)
-    assert whole.returncode == 0, whole.stderr
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory, mpirun: Launch, job: Path) -> State:
+    """What a run with sparse layers ends in that nothing disturbed."""
+    out = tmp_path_factory.mktemp("whole") / "run"
+    done = mpirun(2, "hpcprune", "run", job, *SPARSE, "--out", out, timeout=120)
+    assert done.returncode == 0, done.stderr
     said = "3 of 3 layers train sparse: a step takes 1000.0 ms so and 2000.0 ms dense"
-    assert re.findall(rf"round (\d)/2: {said}", whole.stdout) == ["1", "2"]
-    killed = mpirun(2, *command, tmp_path / "cut", timeout=120, env={"TINY": f"kill:1:{step}"})
+    assert re.findall(rf"round (\d)/2: {said}", done.stdout) == ["1", "2"]
+    return read_model(out / "model.h5")
+
+
+@pytest.mark.parametrize("step", [55, 85])
+def test_a_run_with_sparse_layers_goes_on_bit_for_bit(
+    mpirun: Launch, tmp_path: Path, job: Path, whole: State, step: int
+) -> None:
+    command = ("hpcprune", "run", job, *SPARSE, "--out", tmp_path / "run")
+    killed = mpirun(2, *command, timeout=120, env={"TINY": f"kill:1:{step}"})
     assert killed.returncode != 0
-    again = mpirun(2, *command, tmp_path / "cut", timeout=120)
+    again = mpirun(2, *command, timeout=120)
     assert again.returncode == 0, again.stderr
-    state = read_model(tmp_path / "whole/model.h5")
-    assert_same_weights(read_model(tmp_path / "cut/model.h5"), state)
-    assert state.about["history"][-1]["metrics"]["accuracy"] > 0.9
-    checked = mpirun(1, "hpcprune", "check", tmp_path / "cut", timeout=60)
+    assert_same_weights(read_model(tmp_path / "run/model.h5"), whole)
+    assert whole.about["history"][-1]["metrics"]["accuracy"] > 0.9
+    checked = mpirun(1, "hpcprune", "check", tmp_path / "run", timeout=60)
     assert checked.returncode == 0, checked.stdout
 
 
