@@ -13,6 +13,7 @@ import pytest
 
 from hpcprune.checkpoint import read_model
 from tests.conftest import ROOT, TINY
+from tests.mpi.test_run import PACK
 from tests.slurm.conftest import Slurm, SlurmJob
 from tests.slurm.test_prune import in_the_middle
 from tests.slurm.test_prune import submit as submit_tiny
@@ -52,7 +53,8 @@ def test_a_sweep_ends_in_one_table_and_one_plot(slurm: Slurm, tmp_path: Path) ->
 
 def test_a_run_is_seen_from_outside_while_it_runs(slurm: Slurm, tmp_path: Path) -> None:
     out = tmp_path / "run"
-    job = submit_tiny(slurm, out, sleep=0.3)  # a beat is written every 5 s
+    one_round = (PACK, "prune.rounds=1", "prune.sparsity=0.5")
+    job = submit_tiny(slurm, out, more=one_round, sleep=0.3)  # a beat is written every 5 s
 
     found: dict[str, Any] = {}
 
