@@ -67,6 +67,9 @@ class SlurmJob:
     def signal(self, *options: str) -> None:
         self._slurm("scancel", *options, self.number)
 
+    def update(self, *settings: str) -> None:
+        self._slurm("scontrol", "update", f"JobId={self.number}", *settings)
+
     def _slurm(self, *command: str) -> str:
         done = subprocess.run(command, env=self.environment, capture_output=True, text=True, timeout=60)
         assert done.returncode == 0, done.stderr

@@ -69,7 +69,12 @@ def ended(cluster: Slurm, tmp_path_factory: pytest.TempPathFactory) -> Ended:
         return job, out
 
     def limit() -> tuple[SlurmJob, Path]:
-        """Its limit is a minute; after 40 s it is told to stop, and its steps alone take as long."""
+        """Its limit is a minute; after 10 to 40 s it is told to stop, and its steps alone take as long.
+
+        Once it has gone on it has time enough, or it would be told again and again.
+        """
+        job.wait(lambda: job.show()["Restarts"] != "0" and job.state == "RUNNING", "its second start")
+        job.update("TimeLimit=10")
         job.end()
         return job, out
 
