@@ -16,7 +16,7 @@ from slurm.testbed.network import Network
 from tests.conftest import ROOT
 
 FOLDER = Path("/tmp/hpcprune-testbed-of-tests")
-NODES = 13  # for five jobs on two each, of which three lose a node, at the same time
+NODES = 15  # for six jobs on two each, of which three lose a node, at the same time
 OVER = {"COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "PREEMPTED", "BOOT_FAIL", "OUT_OF_MEMORY"}
 
 

@@ -54,7 +54,8 @@ Ended = dict[str, Future[tuple[SlurmJob, Path]]]
 
 @pytest.fixture(scope="module")
 def ended(cluster: Slurm, tmp_path_factory: pytest.TempPathFactory) -> Ended:
-    """Jobs to which these things happened in their middle, one that came to its time limit, and their folders.
+    """Jobs to which these things happened in their middle, one that came to its time limit ("limited"), one that was
+    told to stop once too often ("restarted"), and their folders.
 
     All at the same time, for mostly they wait for Slurm.
     """
@@ -68,21 +69,32 @@ def ended(cluster: Slurm, tmp_path_factory: pytest.TempPathFactory) -> Ended:
         job.end()
         return job, out
 
+    def restart() -> tuple[SlurmJob, Path]:
+        out = base / "restarted"
+        job = submit(cluster, out, HPCPRUNE_RESTARTS="1")
+        in_the_middle(job, out)
+        job.signal("--signal=USR1", "--batch")
+        job.wait(lambda: "going on from /" in job.text, "its second start")
+        job.signal("--signal=USR1", "--batch")
+        job.end()
+        return job, out
+
     def limit() -> tuple[SlurmJob, Path]:
         """Its limit is a minute; after 10 to 40 s it is told to stop, and its steps alone take as long.
 
         Once it has gone on it has time enough, or it would be told again and again.
         """
-        job.wait(lambda: job.show()["Restarts"] != "0" and job.state == "RUNNING", "its second start")
-        job.update("TimeLimit=10")
-        job.end()
-        return job, out
+        limited.wait(lambda: limited.show()["Restarts"] != "0" and limited.state == "RUNNING", "its second start")
+        limited.update("TimeLimit=10")
+        limited.end()
+        return limited, out
 
     out = base / "limited"
-    job = submit(cluster, out, "--time=1", "--signal=B:USR1@20", sleep=0.4)
-    job.wait(lambda: any(out.glob("checkpoints/step-*")), "its steps, before others slow its start down")
-    with ThreadPoolExecutor(len(DISTURBANCES) + 1) as threads:
-        ends = {name: threads.submit(disturb, name) for name in DISTURBANCES} | {"limited": threads.submit(limit)}
+    limited = submit(cluster, out, "--time=1", "--signal=B:USR1@20", sleep=0.4)
+    limited.wait(lambda: any(out.glob("checkpoints/step-*")), "its steps, before others slow its start down")
+    with ThreadPoolExecutor(len(DISTURBANCES) + 2) as threads:
+        ends = {name: threads.submit(disturb, name) for name in DISTURBANCES}
+        ends |= {"limited": threads.submit(limit), "restarted": threads.submit(restart)}
     clear(cluster)
     return ends
 
@@ -177,14 +189,9 @@ def test_ranks_are_as_many_as_the_tasks_the_gpus_or_the_cpus(slurm: Slurm, tmp_p
         assert job.end() == "COMPLETED" and SHAPES[flags] in job.text, job.text
 
 
-def test_the_number_of_restarts_is_limited(slurm: Slurm, tmp_path: Path) -> None:
-    out = tmp_path / "run"
-    job = submit(slurm, out, HPCPRUNE_RESTARTS="1")
-    in_the_middle(job, out)
-    job.signal("--signal=USR1", "--batch")
-    job.wait(lambda: "going on from /" in job.text, "its second start")
-    job.signal("--signal=USR1", "--batch")
-    assert job.end() == "FAILED"
+def test_the_number_of_restarts_is_limited(ended: Ended) -> None:
+    job, _ = ended["restarted"].result()
+    assert job.state == "FAILED"
     assert int(job.show()["Restarts"]) == 1
     assert "told to stop, and not requeued: HPCPRUNE_RESTARTS is reached" in job.text
 
