@@ -7,10 +7,11 @@
     python bench/spmm.py --model         # 12 MLPs of a transformer: inference, and a step of retraining
     pip install scipy sparse_dot_mkl mkl # peers; those that are missing are left out
 
-float32; X [batch, in] and Y [batch, out] lie as F.linear has them, for ours and for torch's; scipy and MKL are given X
-transposed beforehand and give Y transposed. All contenders are timed in turns in one process, so that what else the
-machine does hits them alike; in each turn the second call counts, which finds its data where the first left it. Medians
-are given, and how often ours (the fastest of them) goes into F.linear's time and into that of the best of all.
+float32; X [batch, in] and Y [batch, out] lie as F.linear has them, for all: scipy and MKL, which want both transposed,
+transpose them (of MKL's ways the fastest that was found). All contenders are timed in turns in one process, so that
+what else the machine does hits them alike; in each turn the second call counts, which finds its data where the first
+left it. Medians are given, and how often ours (the fastest of them) goes into F.linear's time and into that of the
+best of all.
 "of peak": our multiply-adds with survivors over what the cores can do with numbers in registers. "of memory": the bytes
 of our matrix, X and Y over what is read from memory in that time; more than 100 % comes from a cache.
 """
@@ -81,11 +82,11 @@ def peers(weights: Tensor, x: Tensor, names: Sequence[str]) -> dict[str, Callabl
     try:
         from scipy.sparse import csr_matrix
 
-        ours, across = csr_matrix(weights.numpy()), np.ascontiguousarray(x.numpy().T)
-        found["scipy"] = lambda: ours @ across
+        ours, given, line_up = csr_matrix(weights.numpy()), x.numpy(), np.ascontiguousarray
+        found["scipy"] = lambda: line_up((ours @ given.T).T)
         from sparse_dot_mkl import dot_product_mkl
 
-        found["MKL"] = lambda: dot_product_mkl(ours, across)
+        found["MKL"] = lambda: line_up(dot_product_mkl(ours, line_up(given.T)).T)
     except (ImportError, AttributeError):  # sparse_dot_mkl without MKL has no attributes
         pass
     return {name: product for name, product in found.items() if name in names and _works(product)}
