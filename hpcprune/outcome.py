@@ -48,14 +48,14 @@ def measure_inference(job: Job, prepared: Prepared, masks: Masks, dense_file: Pa
     """What it takes to infer with the dense and with the pruned network, timed in turns on one batch.
 
     The pruned one's layers run sparse where that was measured faster; `sparse` says what was found, None where the job
-    does not want it or there is no sparse kernel for the device.
+    does not want it.
     """
     task, pruned = prepared.task, copy.deepcopy(prepared.model)
     dense = copy.deepcopy(prepared.model)
     fit_weights(dense, load_weights(dense_file), dense_file)
     batch, samples = timed_batch(prepared.data.test, prepared.device)
     found = None
-    if job.evaluate.sparse == "auto" and prepared.device.type == "cpu":
+    if job.evaluate.sparse == "auto":
         found = sparsify(pruned, masks, lambda: task.predict(pruned, batch))
     dense_seconds, pruned_seconds = inference_seconds(task, [dense, pruned], batch, prepared.device)
     return {

@@ -145,6 +145,18 @@ def test_layers_that_are_faster_by_themselves_are_found(monkeypatch: pytest.Monk
     torch.testing.assert_close(weights(model), before, rtol=0, atol=0)
 
 
+def test_layers_are_timed_under_the_autocast_that_they_train_under(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = Single().model()
+    masks = hpcprune.prune(model, 0.7)
+    told(monkeypatch, (1.0, 0.5), (1.0, 0.5))
+
+    def step() -> None:
+        with torch.autocast("cpu", torch.bfloat16):
+            model(torch.randn(3, 6))
+
+    assert faster_layers(model, masks, step) == ["0.weight", "2.weight"]
+
+
 def test_a_weight_of_two_layers_stays_dense(monkeypatch: pytest.MonkeyPatch) -> None:
     model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 8))
     model[2].weight = model[0].weight

@@ -23,11 +23,24 @@ from hpcprune.sparse.kernels import FLOATS, SparseError, kernels
 from hpcprune.sparse.modules import on_gpu, sparse_module
 from hpcprune.sparse.operands import need_kernels
 
-__all__ = ["Choice", "Sparsified", "sparsify", "time_in_turns", "watched_inputs"]
+__all__ = ["Call", "Choice", "Sparsified", "sparsify", "time_in_turns", "watched_inputs"]
 
 TURNS = 9  # of each contender; more disturb each other less than they disturb the user
 LEAST = 2e-3  # seconds that a turn takes at least, so that the clock can tell
 MARGIN = 0.97  # of the dense time, below which sparse counts as faster
+
+
+@dataclass(frozen=True)
+class Call:
+    """A call of a layer: noise in the shape and dtype of its input, and the dtype of autocast where that was on."""
+
+    x: Tensor
+    autocast: torch.dtype | None = None
+
+    def of(self, layer: Callable[[Tensor], Tensor]) -> Tensor:
+        """What the layer makes of it, under the same autocast."""
+        with torch.autocast(self.x.device.type, self.autocast, enabled=self.autocast is not None):
+            return layer(self.x)
 
 
 @dataclass(frozen=True)
@@ -84,9 +97,22 @@ def sparsify(
             need_kernels(device)
     except SparseError as why:
         return Sparsified((), torch.get_num_threads(), None, None, False, str(why))
-    was_training = model.training
+    modes = {module: module.training for module in model.modules()}
     model.eval()
-    inputs = _rows(candidates, samples) if infer is None else watched_inputs(candidates, infer)
+    try:
+        inputs = _rows(candidates, samples) if infer is None else watched_inputs(candidates, infer)
+        choices, replaced = _choose(candidates, masks, inputs)
+        found = _swap_if_faster(model, candidates, replaced, infer)
+    finally:
+        for module, training in modes.items():
+            module.training = training
+    return Sparsified(tuple(choices), torch.get_num_threads(), *found)
+
+
+def _choose(
+    candidates: Mapping[str, nn.Module], masks: Masks, inputs: Mapping[str, Sequence[Call]]
+) -> tuple[list[Choice], dict[str, nn.Module]]:
+    """What was measured of each layer, and the sparse ones of those that are faster so."""
     choices, replaced = [], {}
     for name, dense in candidates.items():
         calls = inputs.get(name, [])
@@ -100,40 +126,40 @@ def sparsify(
             continue
         dense_seconds, sparse_seconds, best, module = min(timed, key=lambda each: each[1] / each[0])
         faster = sparse_seconds < MARGIN * dense_seconds
-        shapes = tuple(tuple(call.shape) for call in calls)
+        shapes = tuple(tuple(call.x.shape) for call in calls)
         sparsity = 1 - masks.densities[f"{name}.weight"]
         choices.append(Choice(name, sparsity, shapes, dense_seconds, sparse_seconds, best if faster else "dense"))
         if faster:
             replaced[name] = module
-    found = _swap_if_faster(model, candidates, replaced, infer)
-    model.train(was_training)
-    return Sparsified(tuple(choices), torch.get_num_threads(), *found)
+    return choices, replaced
 
 
-def _kernels_to_try(dense: nn.Module, bits: Bits, calls: Sequence[Tensor]) -> Sequence[Kernel | CudaKernel]:
+def _kernels_to_try(dense: nn.Module, bits: Bits, calls: Sequence[Call]) -> Sequence[Kernel | CudaKernel]:
     if on_gpu(dense):
-        return kernels_to_try(dense, bits, calls) if isinstance(dense, nn.Linear) else ()
+        return kernels_to_try(dense, bits, [call.x for call in calls]) if isinstance(dense, nn.Linear) else ()
     if not isinstance(dense, nn.Linear):
         return ("panels",)
-    return fit(bits, dense.out_features, dense.in_features, max(call[..., 0].numel() for call in calls))
+    return fit(bits, dense.out_features, dense.in_features, max(call.x[..., 0].numel() for call in calls))
 
 
-def _rows(layers: Mapping[str, nn.Module], samples: int) -> dict[str, list[Tensor]]:
+def _rows(layers: Mapping[str, nn.Module], samples: int) -> dict[str, list[Call]]:
     return {
-        name: [torch.randn(samples, layer.in_features, dtype=layer.weight.dtype, device=layer.weight.device)]
+        name: [Call(torch.randn(samples, layer.in_features, dtype=layer.weight.dtype, device=layer.weight.device))]
         for name, layer in layers.items()
         if isinstance(layer, nn.Linear)
     }
 
 
-def watched_inputs(layers: Mapping[str, nn.Module], infer: Callable[[], object]) -> dict[str, list[Tensor]]:
-    """Noise in the shapes of the inputs that each layer is called with."""
-    found: dict[str, list[Tensor]] = {name: [] for name in layers}
+def watched_inputs(layers: Mapping[str, nn.Module], infer: Callable[[], object]) -> dict[str, list[Call]]:
+    """The calls of each layer, with noise for their inputs."""
+    found: dict[str, list[Call]] = {name: [] for name in layers}
 
     def watch(name: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
         def called(module: nn.Module, arguments: tuple[Any, ...]) -> None:
             if len(arguments) == 1 and isinstance(arguments[0], Tensor) and arguments[0].dtype in FLOATS:
-                found[name].append(torch.randn_like(arguments[0], memory_format=torch.contiguous_format))
+                x, kind = arguments[0], arguments[0].device.type
+                autocast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
+                found[name].append(Call(torch.randn_like(x, memory_format=torch.contiguous_format), autocast))
 
         return called
 
@@ -146,13 +172,13 @@ def watched_inputs(layers: Mapping[str, nn.Module], infer: Callable[[], object])
     return found
 
 
-def _time_layer(dense: nn.Module, sparse: nn.Module, calls: Sequence[Tensor]) -> tuple[float, float]:
+def _time_layer(dense: nn.Module, sparse: nn.Module, calls: Sequence[Call]) -> tuple[float, float]:
     """Seconds of all calls, dense and sparse."""
 
     def runner(module: nn.Module) -> Callable[[], None]:
         def run() -> None:
             for call in calls:
-                module(call)
+                call.of(module)
 
         return run
 
@@ -202,9 +228,12 @@ def _swap_if_faster(
         return run
 
     own = {name: dense[name] for name in sparse}
-    dense_seconds, sparse_seconds = time_in_turns(with_layers(own), with_layers(sparse))
-    undone = bool(sparse) and sparse_seconds >= dense_seconds
-    _put(model, own if undone else sparse)
+    undone = True
+    try:
+        dense_seconds, sparse_seconds = time_in_turns(with_layers(own), with_layers(sparse))
+        undone = bool(sparse) and sparse_seconds >= dense_seconds
+    finally:
+        _put(model, own if undone else sparse)
     return dense_seconds, sparse_seconds, undone
 
 

@@ -62,6 +62,7 @@ class CudaLinear(nn.Module):
         self.kernel = kernel
         weight = dense.weight.detach()
         self.rows, self.columns = weight.shape
+        self.in_features, self.out_features = dense.in_features, dense.out_features
         self.dtype = weight.dtype
         self.layout: list[str] = []  # names of the buffers, as the operator wants them
         self.largest = 0
@@ -117,8 +118,8 @@ class CudaLinear(nn.Module):
             product = functional.linear(x, held[0], bias)
         return product
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self._product(autocast(x, self.dtype), self.bias)
+    def forward(self, input: Tensor) -> Tensor:
+        return self._product(autocast(input, self.dtype), self.bias)
 
     def extra_repr(self) -> str:
         return (

@@ -11,8 +11,8 @@ from hpcprune.native import launching
 from hpcprune.packing import survivors_of
 from hpcprune.sparse.cuda_linear import CudaKernel, CudaLinear
 from hpcprune.sparse.held import LINEAR, Bits, Kernel, hold
-from hpcprune.sparse.kernels import FLOATS
-from hpcprune.sparse.operators import autocast
+from hpcprune.sparse.kernels import FLOATS, SparseError
+from hpcprune.sparse.operators import autocast, check_last
 from hpcprune.sparse.ops import panels_conv2d
 from hpcprune.sparse.panels import Geometry
 
@@ -50,8 +50,13 @@ class _Sparse(nn.Module):
 class SparseLinear(_Sparse):
     """x [..., columns] -> x W^T + bias [..., rows], as the Linear of which it is made."""
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self._product(autocast(x, self.value.dtype), self.bias)
+    def __init__(self, dense: nn.Linear, bits: Bits, kernel: Kernel) -> None:
+        super().__init__(dense, bits, kernel)
+        self.in_features, self.out_features = dense.in_features, dense.out_features
+
+    def forward(self, input: Tensor) -> Tensor:
+        check_last(input, self.columns)
+        return self._product(autocast(input, self.value.dtype), self.bias)
 
     def extra_repr(self) -> str:
         return (
@@ -66,16 +71,27 @@ class SparseConv2d(_Sparse):
         super().__init__(dense, bits, "panels")
         assert not isinstance(dense.padding, str)
         self.geometry = Geometry(dense.kernel_size, dense.stride, dense.padding, dense.dilation)
+        self.in_channels, self.out_channels = dense.in_channels, dense.out_channels
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:
+        self._check(input)
         product: Tensor = panels_conv2d(
-            autocast(x, self.value.dtype), self.layout, self.value, self.bias, self.rows, *map(list, self.geometry)
+            autocast(input, self.value.dtype), self.layout, self.value, self.bias, self.rows, *map(list, self.geometry)
         )
         return product
 
+    def _check(self, x: Tensor) -> None:
+        """Raise SparseError where it is no image that the kernel fits into."""
+        fits = x.dim() in (3, 4) and x.shape[-3] == self.in_channels and min(self.geometry.out(x.shape[-2:])) > 0
+        if not fits:
+            raise SparseError(
+                f"the input is {[*x.shape]}; this convolution takes [images, {self.in_channels}, height, width] or one "
+                f"image, no smaller than its kernel {[*self.geometry.kernel]} with padding {[*self.geometry.padding]}"
+            )
+
     def extra_repr(self) -> str:
         return (
-            f"{self._shape[1]}, {self.rows}, kernel_size={tuple(self.geometry.kernel)}, stride={self.geometry.stride}"
+            f"{self.in_channels}, {self.rows}, kernel_size={tuple(self.geometry.kernel)}, stride={self.geometry.stride}"
         )
 
 

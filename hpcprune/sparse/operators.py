@@ -1,4 +1,4 @@
-"""What all sparse operators share: x cast, laid flat and back, the gradient of a bias, how torch gets to know them."""
+"""What sparse layers and operators share: x checked, cast, laid flat and back; how torch gets to know operators."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hpcprune.sparse.kernels import FLOATS
+from hpcprune.sparse.kernels import FLOATS, SparseError
 
-__all__ = ["Operator", "autocast", "compute_on", "define", "flat", "float_bias", "of_bias", "shaped"]
+__all__ = ["Operator", "autocast", "check_last", "compute_on", "define", "flat", "float_bias", "of_bias", "shaped"]
 
 Operator = tuple[str, Any, Any]  # its schema, what computes it, what knows its result's shape
 
@@ -21,6 +21,12 @@ def autocast(x: Tensor, weights: torch.dtype) -> Tensor:
         return x
     chosen = torch.get_autocast_dtype(x.device.type)
     return x.to(chosen if chosen in FLOATS else weights)
+
+
+def check_last(x: Tensor, columns: int) -> None:
+    """Raise SparseError where x is not [..., columns]: a kernel would read what is not x's."""
+    if x.dim() == 0 or x.shape[-1] != columns:
+        raise SparseError(f"the input is {[*x.shape]}; a layer of {columns} inputs takes [..., {columns}]")
 
 
 def flat(x: Tensor) -> Tensor:

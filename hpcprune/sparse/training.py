@@ -19,12 +19,12 @@ from torch.nn import functional
 from hpcprune.masks import Masks
 from hpcprune.packing import Bits, Packed, survivors_of
 from hpcprune.sparse import csr
-from hpcprune.sparse.choose import time_in_turns, watched_inputs
+from hpcprune.sparse.choose import Call, time_in_turns, watched_inputs
 from hpcprune.sparse.cuda_ops import csr_survivors_linear
 from hpcprune.sparse.kernels import FLOATS, SparseError, kernels
 from hpcprune.sparse.modules import on_gpu
 from hpcprune.sparse.operands import need_kernels
-from hpcprune.sparse.operators import autocast
+from hpcprune.sparse.operators import autocast, check_last
 from hpcprune.sparse.ops import survivors_linear
 from hpcprune.sparse.panels import lay_out
 from hpcprune.survivors import Survivors
@@ -63,6 +63,7 @@ def _product_with(bits: Bits, layer: nn.Linear) -> Callable[[Tensor, Tensor | No
 
     def product(survivors: Tensor, bias: Tensor | None, x: Tensor) -> Tensor:
         layouts = (own.layout, own.order, across.layout, across.order)
+        check_last(x, columns)
         found: Tensor = survivors_linear(autocast(x, survivors.dtype), survivors, bias, *layouts, own.rows)
         return found
 
@@ -113,23 +114,23 @@ def _can_be_sparse(module: nn.Module) -> TypeGuard[nn.Linear]:
     )
 
 
-def _faster(layer: nn.Linear, masks: Masks, name: str, calls: Collection[Tensor]) -> bool:
+def _faster(layer: nn.Linear, masks: Masks, name: str, calls: Collection[Call]) -> bool:
     weight = layer.weight.detach().requires_grad_()
     survivors = survivors_of(weight.detach(), masks.bits(name)).requires_grad_()
     bias = None if layer.bias is None else layer.bias.detach().requires_grad_()
     product = partial(_product_with(masks.bits(name), layer), survivors, bias)
 
-    def dense() -> None:
+    def there_and_back(layer: Callable[[Tensor], Tensor]) -> None:
         for call in calls:
-            _there_and_back(functional.linear(call.requires_grad_(), weight, bias))
+            call.x.requires_grad_()
+            y = call.of(layer)
+            y.backward(torch.ones_like(y))  # type: ignore[no-untyped-call]
+
+    def dense() -> None:
+        there_and_back(lambda x: functional.linear(x, weight, bias))
 
     def sparse() -> None:
-        for call in calls:
-            _there_and_back(product(call.requires_grad_()))
+        there_and_back(product)
 
     dense_seconds, sparse_seconds = time_in_turns(dense, sparse)
     return sparse_seconds < MARGIN * dense_seconds
-
-
-def _there_and_back(product: Tensor) -> None:
-    product.backward(torch.ones_like(product))  # type: ignore[no-untyped-call]
