@@ -1,7 +1,8 @@
 // What every kernel here shares: the paths (instruction sets) it is compiled for, and how work is cut for threads.
 //
 // All paths live in one library. Functions of a path carry its target attribute, so the library loads on any CPU and
-// `hpcprune_best_path` says at run time which of them this CPU may enter. Every path gives the same bits.
+// `hpcprune_best_path` says at run time which of them this CPU may enter. Every path gives the same masks
+// and survivors; of products see kernels/README.md.
 
 #pragma once
 

@@ -120,17 +120,19 @@ def _faster(layer: nn.Linear, masks: Masks, name: str, calls: Collection[Call]) 
     bias = None if layer.bias is None else layer.bias.detach().requires_grad_()
     product = partial(_product_with(masks.bits(name), layer), survivors, bias)
 
-    def there_and_back(layer: Callable[[Tensor], Tensor]) -> None:
+    def there_and_back(layer: Callable[[Tensor], Tensor], *parameters: Tensor) -> None:
         for call in calls:
             call.x.requires_grad_()
             y = call.of(layer)
-            y.backward(torch.ones_like(y))  # type: ignore[no-untyped-call]
+            torch.autograd.grad(y, [call.x, *parameters], torch.ones_like(y))
+
+    biases = [] if bias is None else [bias]
 
     def dense() -> None:
-        there_and_back(lambda x: functional.linear(x, weight, bias))
+        there_and_back(lambda x: functional.linear(x, weight, bias), weight, *biases)
 
     def sparse() -> None:
-        there_and_back(product)
+        there_and_back(product, survivors, *biases)
 
     dense_seconds, sparse_seconds = time_in_turns(dense, sparse)
     return sparse_seconds < MARGIN * dense_seconds

@@ -150,8 +150,11 @@ int hpcprune_panels_refill(const int32_t* order, int64_t length, int bytes, cons
   const int64_t runs = std::max<int64_t>(1, std::min<int64_t>(threads, length / LEAST_PER_THREAD));
   const auto refill = [&](auto* to, const auto* from) {
     in_pool(pool, runs, [&](int64_t run) {
-      for (int64_t i = length * run / runs; i < length * (run + 1) / runs; ++i)
-        to[i] = order[i] < 0 ? 0 : from[order[i]];
+      const int64_t stop = length * (run + 1) / runs;
+      for (int64_t i = length * run / runs; i < stop; ++i) {
+        const int32_t which = order[i];
+        to[i] = which < 0 ? 0 : from[which];
+      }
     });
   };
   if (bytes == 4)
