@@ -27,13 +27,11 @@ from hpcprune.prepare import Prepared, prepare
 from hpcprune.shards import Layer, deal, imbalance
 from hpcprune.survivors import Survivors
 from hpcprune.world import World
-from tests.conftest import ROOT
-
-JOB = ROOT / "tests/jobs/tiny/job.yaml"
+from tests.conftest import TINY
 
 
 def resolved(*overrides: str) -> Job:
-    return load_job(JOB, overrides)
+    return load_job(TINY, overrides)
 
 
 def planned(model: nn.Module, job: Job, ranks: int = 1) -> Plan:
@@ -87,7 +85,7 @@ def weights_of(words: str, layers: dict[str, Layer]) -> list[tuple[str, int]]:
 
 @pytest.mark.parametrize("ranks", [1, 2, 4, 7])
 def test_the_command_line_tells_every_weight_once_in_order(ranks: int) -> None:
-    done = CliRunner().invoke(cli, ["plan", str(JOB), "--ranks", str(ranks)], env={"COLUMNS": "200"})
+    done = CliRunner().invoke(cli, ["plan", str(TINY), "--ranks", str(ranks)], env={"COLUMNS": "200"})
     assert done.exit_code == 0, done.output
     layers = {layer.name: layer for layer in prepare(resolved(), World.alone()).layers}
     rows = re.findall(r"│ +(\d+) │ +([\d,]+) │ +([\d.]+)% │ (.*?) +│", done.output)
@@ -103,10 +101,10 @@ def test_the_command_line_tells_every_weight_once_in_order(ranks: int) -> None:
 
 
 def test_overrides_change_the_plan_and_a_mistake_is_one_line(tmp_path: Path) -> None:
-    plans = [CliRunner().invoke(cli, ["plan", str(JOB), f"prune.sparsity={each}"]).output for each in (0.5, 0.9)]
+    plans = [CliRunner().invoke(cli, ["plan", str(TINY), f"prune.sparsity={each}"]).output for each in (0.5, 0.9)]
     sent = [re.findall(r"gradients, each step: +([\d.]+) kB .*; dense ([\d.]+) kB", text)[0] for text in plans]
     assert sent[0][1] == sent[1][1] and float(sent[1][0]) < float(sent[0][0]) < float(sent[0][1])
-    refused = CliRunner().invoke(cli, ["plan", str(JOB), "--ranks", "0"])
+    refused = CliRunner().invoke(cli, ["plan", str(TINY), "--ranks", "0"])
     assert refused.exit_code == 2 and "--ranks" in refused.output
     missing = CliRunner().invoke(cli, ["plan", str(tmp_path / "job.yaml")])
     assert missing.exit_code == 2 and missing.output.count("\n") == 1 and "hpcprune: error: " in missing.output

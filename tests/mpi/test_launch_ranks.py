@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import ROOT, Launch
+from tests.conftest import TINY, Launch
 
 SCRIPT = """
 import json, socket, sys, time
@@ -60,7 +60,7 @@ def test_what_differs_between_hosts_is_named(mpirun: Launch, tmp_path: Path, wha
     script = tmp_path / "launch.py"
     script.write_text(SCRIPT)
     (tmp_path / "run").mkdir()
-    done = mpirun(2, script, what, tmp_path / "run", ROOT / "tests/jobs/tiny/job.yaml")
+    done = mpirun(2, script, what, tmp_path / "run", TINY)
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
     assert found is None if said is None else said in found

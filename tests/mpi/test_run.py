@@ -16,7 +16,6 @@ import pytest
 
 from hpcprune.beat import read_beat
 from hpcprune.checkpoint import State, newest_step, read_model, read_step
-from tests.commands import Command
 from tests.conftest import TINY, Launch, launch_command, launch_environment
 
 STOPPED = 75
@@ -148,15 +147,15 @@ def test_what_was_chosen_for_a_round_is_kept_before_its_first_step(
     assert_same_weights(read_model(out / "model.h5"), read_model(uninterrupted / "model.h5"))
 
 
-def assert_obeyed(hpcprune: Command, message: str, out: Path, *more: str) -> None:
+def assert_obeyed(mpirun: Launch, message: str, out: Path, *more: str) -> None:
     """What a run that diverged says of a changed job works."""
     assert "A changed job needs a folder of its own (--out), and can begin with this one's dense network" in (
         " ".join(message.split())
     )
-    changed = ("run", TINY, *more, "retrain.clip_norm=1", f"weights={out / 'dense.h5'}", "--out")
-    assert "the run of another job" in " ".join(hpcprune(*changed, out).err.split())
-    done = hpcprune(*changed, out.with_name("changed"))
-    assert done.code == 0, done.err
+    changed = (*more, "retrain.clip_norm=1", f"weights={out / 'dense.h5'}")
+    assert "the run of another job" in " ".join(run(mpirun, out, 2, *changed).stderr.split())
+    done = run(mpirun, out.with_name("changed"), 2, *changed)
+    assert done.returncode == 0, done.stderr
 
 
 def test_weights_that_are_not_finite_are_never_saved(mpirun: Launch, tmp_path: Path) -> None:
@@ -183,7 +182,7 @@ def test_packing_may_change_in_the_middle_of_a_round(mpirun: Launch, tmp_path: P
     ids=["float32", "bfloat16", "top-k"],
 )
 def test_nan_on_one_rank_ends_all_with_its_place_and_the_checkpoint_under_way_is_kept(
-    mpirun: Launch, hpcprune: Command, tmp_path: Path, more: tuple[str, ...]
+    mpirun: Launch, tmp_path: Path, more: tuple[str, ...]
 ) -> None:
     out, more = tmp_path / "run", (*more, PACK)
     spoilt = run(mpirun, out, 2, *more, TINY="nan:1:47", TINY_DISK="39:47")
@@ -191,7 +190,7 @@ def test_nan_on_one_rank_ends_all_with_its_place_and_the_checkpoint_under_way_is
     assert spoilt.stderr.count("hpcprune: error") == 1 and "Traceback" not in spoilt.stderr
     said = "retrain 1: step 14: NaN or infinite values on rank 1: the gradient of 6.bias (loss nan); lower the learning"
     assert said in " ".join(spoilt.stderr.split())
-    assert_obeyed(hpcprune, spoilt.stderr, out, *more)
+    assert_obeyed(mpirun, spoilt.stderr, out, *more)
     assert newest_step(out / "checkpoints") == (out / "checkpoints/step-00000040", [])
     resumed = run(mpirun, out, 2, *more)
     assert resumed.returncode == 0, resumed.stderr
