@@ -122,7 +122,7 @@ def _load(file: Path) -> ctypes.CDLL:
             ("popcount", long, [pointer, long]),
             ("panels_bytes", long, [pointer, long, long, integer, pointer]),
             ("panels_fill", None, [pointer, long, long, integer, long, pointer, pointer]),
-            ("panels_refill", integer, [pointer, long, integer, pointer, pointer, integer, pointer]),
+            ("panels_refill", None, [pointer, long, integer, pointer, long, pointer, integer, pointer]),
             ("spmm", integer, [integer] * 2 + [pointer] * 3 + [long, pointer, pointer, integer, pointer]),
             (
                 "bitmap",
@@ -135,7 +135,7 @@ def _load(file: Path) -> ctypes.CDLL:
                 [integer] * 2 + [long] * 2 + [pointer] * 3 + [long] + [pointer] * 2 + [integer, pointer],
             ),
             ("convolution", integer, [integer] * 2 + [pointer] * 3 + [long] + [pointer] * 3 + [integer, pointer]),
-            ("sddmm", integer, [integer] * 2 + [pointer] * 4 + [long, pointer, integer, pointer]),
+            ("sddmm", integer, [integer] * 2 + [pointer] * 4 + [long, pointer, long, integer, pointer]),
             (
                 "blocks_product",
                 integer,

@@ -72,15 +72,11 @@ def lay_out(bits: npt.NDArray[np.uint8], rows: int, columns: int, *, transposed:
 
 def refill(order: Tensor, survivors: Tensor) -> Tensor:
     """A layout's weights, from the packed survivors; zeros where an entry is none."""
-    is_half("W", survivors)
     value = torch.empty(order.shape, dtype=survivors.dtype)
     code, _ = kernels.kernels()
-    threads, size = torch.get_num_threads(), survivors.element_size()
-    done(
-        code.hpcprune_panels_refill(
-            order.data_ptr(), order.numel(), size, survivors.data_ptr(), value.data_ptr(), threads, pool()
-        )
-    )
+    half, threads = is_half("W", survivors), torch.get_num_threads()
+    packed = survivors.data_ptr(), survivors.numel()
+    code.hpcprune_panels_refill(order.data_ptr(), order.numel(), half, *packed, value.data_ptr(), threads, pool())
     return value
 
 
@@ -119,4 +115,9 @@ def sampled(x: Tensor, gradient: Tensor, layout: Tensor, order: Tensor, survivor
         x: [batch, columns]. gradient: [batch, rows], with respect to the product. Of one dtype, contiguous.
     """
     matrix = layout.data_ptr(), order.data_ptr()
-    return kernels.sample("hpcprune_sddmm", matrix, x, gradient, survivors)
+    packed = torch.empty(survivors, dtype=torch.float32)
+    code, level = kernels.kernels()
+    half, threads = is_half("x", x), torch.get_num_threads()
+    operands = x.data_ptr(), gradient.data_ptr(), x.shape[0], packed.data_ptr(), survivors
+    done(code.hpcprune_sddmm(level, half, *matrix, *operands, threads, pool()))
+    return packed

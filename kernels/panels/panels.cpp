@@ -143,26 +143,24 @@ void hpcprune_panels_fill(const uint8_t* bits, int64_t rows, int64_t columns, in
     fill<uint8_t>(bits, transposed, w, order);
 }
 
-// value[i] = packed[order[i]], or 0 where that is -1; elements of 2 or 4 bytes.
-int hpcprune_panels_refill(const int32_t* order, int64_t length, int bytes, const void* packed, void* value,
-                           int threads, const hpcprune::Pool* pool) {
+// value[i] = packed[order[i]], or 0 where that is none of the `survivors`; elements are of 2 bytes where `half`, else 4.
+void hpcprune_panels_refill(const int32_t* order, int64_t length, int half, const void* packed, int64_t survivors,
+                           void* value, int threads, const hpcprune::Pool* pool) {
   using namespace hpcprune;
   const int64_t runs = std::max<int64_t>(1, std::min<int64_t>(threads, length / LEAST_PER_THREAD));
-  const auto refill = [&](auto* to, const auto* from) {
+  const uint32_t limit = static_cast<uint32_t>(survivors);
+  const auto refill = [=](auto* to, const auto* from) {
     in_pool(pool, runs, [&](int64_t run) {
       const int64_t stop = length * (run + 1) / runs;
       for (int64_t i = length * run / runs; i < stop; ++i) {
         const int32_t which = order[i];
-        to[i] = which < 0 ? 0 : from[which];
+        to[i] = uint32_t(which) < limit ? from[which] : 0;
       }
     });
   };
-  if (bytes == 4)
-    refill(static_cast<uint32_t*>(value), static_cast<const uint32_t*>(packed));
-  else if (bytes == 2)
+  if (half)
     refill(static_cast<uint16_t*>(value), static_cast<const uint16_t*>(packed));
   else
-    return 2;
-  return 0;
+    refill(static_cast<uint32_t*>(value), static_cast<const uint32_t*>(packed));
 }
 }

@@ -35,7 +35,7 @@ namespace {
 
 template <class Column, class Element>
 int sddmm(int path, const Layout& w, const int32_t* order, const Element* x, const Element* dy, int64_t batch,
-          float* packed, int threads, const Pool* pool) {
+          float* packed, int64_t survivors, int threads, const Pool* pool) {
   const int64_t runs = std::max<int64_t>(1, std::min<int64_t>(threads, w.chunks));
   const std::vector<int64_t> cuts = cut_chunks(w, runs);
   int64_t most = 0;
@@ -50,12 +50,8 @@ int sddmm(int path, const Layout& w, const int32_t* order, const Element* x, con
     float* own = scratch + run * length;
     const int64_t first = cuts[run], last = cuts[run + 1];
     if (first == last) return;
-    ON_PATH(path, product<Column>(w, first, last, x, dy, batch, own, value));
-    for (int64_t p = 0; p < w.panels; ++p) {
-      const int64_t stop = w.start[p * w.chunks + last] * GROUP;
-      for (int64_t i = w.start[p * w.chunks + first] * GROUP; i < stop; ++i)
-        if (order[i] >= 0) packed[order[i]] = value[i];
-    }
+    ON_PATH(path, product<Column>(w, first, last, x, dy, batch, own,
+                                  {value, order, packed, static_cast<uint32_t>(survivors), true, true}));
   });
   std::free(scratch);
   return 0;
@@ -68,12 +64,12 @@ extern "C" {
 
 // `half`: X and dY are bfloat16, else float. `packed` has a place for every survivor. 0, or 1 where memory is short.
 int hpcprune_sddmm(int path, int half, const void* layout, const int32_t* order, const void* x, const void* dy,
-                   int64_t batch, float* packed, int threads, const hpcprune::Pool* pool) {
+                   int64_t batch, float* packed, int64_t survivors, int threads, const hpcprune::Pool* pool) {
   using namespace hpcprune;
   const Layout w(layout);
   const auto run = [&](const auto* from, const auto* gradient) {
-    return w.panel > NARROW ? sddmm<uint16_t>(path, w, order, from, gradient, batch, packed, threads, pool)
-                            : sddmm<uint8_t>(path, w, order, from, gradient, batch, packed, threads, pool);
+    return w.panel > NARROW ? sddmm<uint16_t>(path, w, order, from, gradient, batch, packed, survivors, threads, pool)
+                            : sddmm<uint8_t>(path, w, order, from, gradient, batch, packed, survivors, threads, pool);
   };
   return half ? run(static_cast<const bfloat16*>(x), static_cast<const bfloat16*>(dy))
               : run(static_cast<const float*>(x), static_cast<const float*>(dy));
