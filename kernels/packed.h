@@ -47,11 +47,11 @@ struct Part {
 
 // Runs work(part, scratch) for all parts: as many samples at a time as fit the cache, `width` floats each and packed
 // into scratch, but no more than leave something for every thread. cut(n) says where stripes are cut in n; its last is
-// the end of them. 0, or 1 where memory is short.
+// the end of them. A Status.
 template <class Cut, class Work>
 int in_parts(int64_t batch, int64_t width, int64_t stripes, int threads, const Pool* pool, const Cut& cut,
              const Work& work) {
-  if (batch == 0 || stripes == 0) return 0;
+  if (batch == 0 || stripes == 0) return DONE;
   const int64_t allowed = std::max(1, threads), fitting = PACKED_FLOATS / std::max<int64_t>(1, width) / UNIT * UNIT;
   const int64_t share = ((batch + allowed - 1) / allowed + UNIT - 1) / UNIT * UNIT;
   const int64_t most = std::max(UNIT, std::min(fitting, share)), chunks = (batch + most - 1) / most;
@@ -62,12 +62,12 @@ int in_parts(int64_t batch, int64_t width, int64_t stripes, int threads, const P
       if (cuts[i] < cuts[i + 1]) parts.push_back({sample, std::min(most, batch - sample), cuts[i], cuts[i + 1]});
   const int64_t runs = std::min<int64_t>(allowed, parts.size()), length = most * width;
   float* scratch = aligned_floats(runs * length);
-  if (!scratch) return 1;
+  if (!scratch) return NO_MEMORY;
   in_pool(pool, runs, [&](int64_t run) {
     for (size_t i = run; i < parts.size(); i += runs) work(parts[i], scratch + run * length);
   });
   std::free(scratch);
-  return 0;
+  return DONE;
 }
 
 // Runs work(WIDTH), a constant, for the narrowest tile that holds `samples`, or for the widest; gives its width.

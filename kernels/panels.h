@@ -51,6 +51,15 @@ struct Layout {
     return 8 * (5 + panels * chunks) + (2 + GROUP) * panels * groups + GROUP * entries * (panel > NARROW ? 2 : 1);
   }
 
+  // Whether `length` bytes of memory are the layout of such a W, and `values` its entries: else products would read what
+  // is not there.
+  static bool fits(const void* memory, int64_t length, int64_t rows, int64_t columns, int64_t values) {
+    if (length < 40) return false;
+    const int64_t* head = static_cast<const int64_t*>(memory);
+    return head[0] == rows && head[1] == columns && (head[2] == NARROW || head[2] == WIDE) &&
+           GROUP * head[3] == values && Layout(memory).bytes() == length;
+  }
+
   // The columns of the entries, as the type that they have.
   template <class Column>
   Column* column() const {

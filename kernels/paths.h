@@ -21,6 +21,9 @@
 
 namespace hpcprune {
 
+// What a product gives back: 0, or why there is none.
+enum Status { DONE = 0, NO_MEMORY = 1, DOES_NOT_FIT = 2 };
+
 enum Path { PORTABLE = 0, WITH_AVX2 = 1, WITH_AVX512 = 2 };
 
 // A stretch of one of the caller's arrays. `start` is a multiple of 64, so that threads never share a byte of a mask.
@@ -50,6 +53,12 @@ inline std::vector<std::vector<Slice>> cut(const int64_t* lengths, int64_t parts
     before += lengths[part];
   }
   return result;
+}
+
+// How many of the threads are worth waking for so many steps of an inner loop, about a nanosecond each.
+inline int threads_for(int64_t steps, int threads) {
+  constexpr int64_t LEAST = 8192;  // a thread comes in a few microseconds
+  return static_cast<int>(std::max<int64_t>(1, std::min<int64_t>(threads, steps / LEAST)));
 }
 
 // How many parts each of `pieces` of work is cut into, `most` at most: until no thread has much less to do than

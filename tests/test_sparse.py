@@ -80,7 +80,7 @@ def test_torch_finds_nothing_wrong_with_the_operators(weights: Tensor) -> None:
     for operator, arguments in (
         (ops.survivors_linear, given),
         *(
-            (LINEAR[kernel], (x, *held_of(kernel, dtype), each, ROWS))
+            (getattr(ops, f"{kernel}_linear"), (x, *held_of(kernel, dtype), each, ROWS))
             for kernel in KERNELS
             for each in (bias, None)
             for dtype in (torch.float32, torch.bfloat16)

@@ -110,6 +110,9 @@ def _load(file: Path) -> ctypes.CDLL:
         code = ctypes.CDLL(str(file))
         pointer, integer, long = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64
         arrays = [pointer, pointer, long]
+        path, array = [integer] * 2, [pointer, long]
+        product = [long, pointer, pointer, long, integer, pointer]
+        gradient = [long] + array * 2 + [integer, pointer]
         for name, result, arguments in (
             ("best_path", integer, []),
             ("count_around", integer, [integer] * 3 + arrays + [long] * 3 + [pointer, long, pointer, integer]),
@@ -123,29 +126,13 @@ def _load(file: Path) -> ctypes.CDLL:
             ("panels_bytes", long, [pointer, long, long, integer, pointer]),
             ("panels_fill", None, [pointer, long, long, integer, long, pointer, pointer]),
             ("panels_refill", None, [pointer, long, integer, pointer, long, pointer, integer, pointer]),
-            ("spmm", integer, [integer] * 2 + [pointer] * 3 + [long, pointer, pointer, integer, pointer]),
-            (
-                "bitmap",
-                integer,
-                [integer] * 2 + [long] * 2 + [pointer] * 4 + [long] + [pointer] * 2 + [integer, pointer],
-            ),
-            (
-                "two_of_four",
-                integer,
-                [integer] * 2 + [long] * 2 + [pointer] * 3 + [long] + [pointer] * 2 + [integer, pointer],
-            ),
-            ("convolution", integer, [integer] * 2 + [pointer] * 3 + [long] + [pointer] * 3 + [integer, pointer]),
-            ("sddmm", integer, [integer] * 2 + [pointer] * 4 + [long, pointer, long, integer, pointer]),
-            (
-                "blocks_product",
-                integer,
-                [integer] * 2 + [long] * 3 + [pointer] * 4 + [long] + [pointer] * 2 + [integer, pointer],
-            ),
-            (
-                "blocks_gradient",
-                integer,
-                [integer] * 2 + [long] * 3 + [pointer] * 5 + [long, pointer, integer, pointer],
-            ),
+            ("spmm", integer, path + array * 3 + product),
+            ("bitmap", integer, path + array * 4 + product),
+            ("two_of_four", integer, path + array * 3 + product),
+            ("blocks_product", integer, path + [long] + array * 4 + product),
+            ("convolution", integer, path + array * 3 + [pointer] + product[1:]),
+            ("sddmm", integer, path + array * 3 + gradient),
+            ("blocks_gradient", integer, path + [long] + array * 4 + gradient),
             ("bitmap_tiles_plan", long, [pointer, long, long, pointer, pointer]),
             ("bitmap_tiles_fill", None, [pointer, long, long, pointer, pointer, pointer, integer]),
         ):

@@ -38,7 +38,7 @@ def _found() -> _Pool | None:
     return None
 
 
-def pool() -> ctypes.c_void_p | None:
+def pool() -> int | None:
     """The address of the `Pool` that kernels take, or None."""
     found = _found()
-    return None if found is None else ctypes.c_void_p(ctypes.addressof(found))
+    return None if found is None else ctypes.addressof(found)

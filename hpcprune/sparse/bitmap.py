@@ -46,6 +46,5 @@ def multiply(x: Tensor, bits: Tensor, first: Tensor, value: Tensor, bias: Tensor
     Args:
         x: [batch, columns], float32 or bfloat16, contiguous. bias: [rows], float32.
     """
-    batch, columns = x.shape
-    matrix = rows, columns, bits.data_ptr(), first.data_ptr()
-    return kernels.multiply("hpcprune_bitmap", matrix, value, x, (batch,), bias, x.new_empty(batch, rows))
+    matrix = bits.data_ptr(), bits.numel(), first.data_ptr(), first.numel()
+    return kernels.multiply("hpcprune_bitmap", matrix, value, x, x.shape, bias, x.new_empty(x.shape[0], rows))

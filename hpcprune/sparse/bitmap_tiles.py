@@ -48,7 +48,7 @@ def lay_out(bits: npt.NDArray[np.uint8], rows: int, columns: int, survivors: Ten
         SparseError: these do not fit each other, or there is no compiled library for the CPU.
     """
     check_operand("survivors", survivors, (check_mask(bits, rows, columns),), survivors, torch.bfloat16)
-    code, _ = kernels()
+    code = kernels().code
     bits, packed = np.ascontiguousarray(bits), survivors.cpu().contiguous()
     start = torch.empty(-(-rows // HEIGHT) * -(-columns // WIDTH) + 1, dtype=torch.int32)
     largest = ctypes.c_int32()

@@ -6,6 +6,7 @@ layout serves all of a round's steps, in which the weights change and the masks 
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 
 import numpy as np
@@ -83,9 +84,8 @@ def multiply(x: Tensor, start: Tensor, column: Tensor, value: Tensor, bias: Tens
     Args:
         x: [batch, columns], float32 or bfloat16, contiguous. bias: [rows], float32.
     """
-    (batch, columns), side = x.shape, value.shape[-1]
-    matrix = side, rows, columns, start.data_ptr(), column.data_ptr()
-    return kernels.multiply("hpcprune_blocks_product", matrix, value, x, (batch,), bias, x.new_empty(batch, rows))
+    matrix = value.shape[-1], start.data_ptr(), start.numel(), column.data_ptr(), column.numel()
+    return kernels.multiply("hpcprune_blocks_product", matrix, value, x, x.shape, bias, x.new_empty(x.shape[0], rows))
 
 
 def sampled(x: Tensor, gradient: Tensor, start: Tensor, column: Tensor, order: Tensor, survivors: int) -> Tensor:
@@ -94,7 +94,8 @@ def sampled(x: Tensor, gradient: Tensor, start: Tensor, column: Tensor, order: T
     Args:
         x: [batch, columns]. gradient: [batch, rows], with respect to the product. Of one dtype, contiguous.
     """
-    matrix = order.shape[-1], gradient.shape[1], x.shape[1], start.data_ptr(), column.data_ptr(), order.data_ptr()
+    layout = (start.data_ptr(), start.numel()), (column.data_ptr(), column.numel()), (order.data_ptr(), order.numel())
+    matrix = order.shape[-1], *itertools.chain(*layout)
     return kernels.sample("hpcprune_blocks_gradient", matrix, x, gradient, survivors)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Sequence
 from functools import lru_cache
-from typing import Any
+from typing import Any, NamedTuple, NoReturn
 
 import numpy as np
 import numpy.typing as npt
@@ -17,7 +17,9 @@ from hpcprune.native.library import library
 from hpcprune.native.pool import pool
 from hpcprune.native.survivors import popcount
 
-__all__ = ["FLOATS", "SparseError", "count_survivors", "done", "is_half", "kernels", "multiply", "sample"]
+__all__ = ["FLOATS", "SparseError", "count_survivors", "is_half", "kernels", "multiply", "sample"]
+
+DOES_NOT_FIT = 2  # of Status in kernels/paths.h
 
 MOST = (1 << 31) - 1  # survivors of a layer
 FLOATS = (torch.float32, torch.bfloat16)
@@ -27,17 +29,25 @@ class SparseError(HpcpruneError):
     """Sparse products cannot be had, or their operands do not fit."""
 
 
+class Kernels(NamedTuple):
+    """The compiled library, the number of its path, and the address of the threads' pool."""
+
+    code: ctypes.CDLL
+    level: int
+    pool: int | None
+
+
 @lru_cache(maxsize=1)
-def kernels() -> tuple[ctypes.CDLL, int]:
-    """The compiled library and the number of its path, asked for once a process: a product may take 5 us.
+def kernels() -> Kernels:
+    """What a product is called with, asked for once a process: it may take 5 us.
 
     Raises:
-        SparseError: there is none.
+        SparseError: there is no compiled library.
     """
     chosen = library()
     if chosen.code is None:
         raise SparseError(f"sparse products need the compiled kernels: {chosen.reason}")
-    return chosen.code, chosen.level
+    return Kernels(chosen.code, chosen.level, pool())
 
 
 def is_half(name: str, tensor: Tensor) -> bool:
@@ -55,25 +65,24 @@ def multiply(
     Args:
         matrix: the kernel's arguments for W beside its weights. value: those as the kernel has them, float32 or
             bfloat16; sums are float32.
-        x: float32 or bfloat16, contiguous. shape: the kernel's arguments for x and y beside themselves.
-        bias: [rows], float32. y: contiguous, of x's dtype.
+        x: float32 or bfloat16, contiguous. shape: the kernel's arguments for x beside its address.
+        bias: [rows], float32. y: [_, rows, ...], contiguous, of x's dtype.
+
+    Raises:
+        SparseError: operands do not fit each other, or there is no memory.
     """
-    code, level = kernels()
-    kind = is_half("W", value) + 2 * is_half("x", x)
-    done(
-        getattr(code, kernel)(
-            level,
-            kind,
-            *matrix,
-            value.data_ptr(),
-            x.data_ptr(),
-            *shape,
-            None if bias is None else bias.data_ptr(),
-            y.data_ptr(),
-            torch.get_num_threads(),
-            pool(),
+    code, level, pool = kernels()
+    kind, rows = is_half("W", value) + 2 * is_half("x", x), y.shape[1]
+    weights, own_bias = (value.data_ptr(), value.numel()), None if bias is None else bias.data_ptr()
+    threads = torch.get_num_threads()
+    fits = bias is None or bias.numel() == rows
+    status = DOES_NOT_FIT
+    if fits:
+        status = getattr(code, kernel)(
+            level, kind, *matrix, *weights, x.data_ptr(), *shape, own_bias, y.data_ptr(), rows, threads, pool
         )
-    )
+    if status:
+        _fail(status, x=x, value=value, bias=bias, product=y)
     return y
 
 
@@ -83,12 +92,26 @@ def sample(kernel: str, matrix: Sequence[int], x: Tensor, gradient: Tensor, surv
     Args:
         matrix: the kernel's arguments for W.
         x: [batch, columns]. gradient: [batch, rows], with respect to the product. Of one dtype, contiguous.
+
+    Raises:
+        SparseError: operands do not fit each other, or there is no memory.
     """
     packed = torch.empty(survivors, dtype=torch.float32)
-    code, level = kernels()
-    half, threads = is_half("x", x), torch.get_num_threads()
-    operands = x.data_ptr(), gradient.data_ptr(), x.shape[0], packed.data_ptr()
-    done(getattr(code, kernel)(level, half, *matrix, *operands, threads, pool()))
+    code, level, pool = kernels()
+    status = DOES_NOT_FIT
+    if x.shape[0] == gradient.shape[0] and x.dtype == gradient.dtype:
+        status = getattr(code, kernel)(
+            level,
+            is_half("x", x),
+            *matrix,
+            *(x.data_ptr(), *x.shape),
+            *(gradient.data_ptr(), gradient.shape[1]),
+            *(packed.data_ptr(), survivors),
+            torch.get_num_threads(),
+            pool,
+        )
+    if status:
+        _fail(status, x=x, gradient=gradient, survivors=packed)
     return packed
 
 
@@ -106,7 +129,8 @@ def count_survivors(bits: npt.NDArray[np.uint8], rows: int, columns: int) -> int
     return survivors
 
 
-def done(status: int) -> None:
-    """Raise SparseError where a kernel found no memory."""
-    if status:
+def _fail(status: int, **operands: Tensor | None) -> NoReturn:
+    if status != DOES_NOT_FIT:
         raise SparseError("no memory for the sums of a sparse product; use a smaller batch or fewer threads")
+    shapes = ", ".join(f"{name} {[*each.shape]}" for name, each in operands.items() if each is not None)
+    raise SparseError(f"{shapes} do not fit each other and the layout: it is to be the one of this very matrix's mask")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -50,6 +50,48 @@ def float_bias(bias: Tensor | None) -> Tensor | None:
 def of_bias(gradient: Tensor, bias: Tensor) -> Tensor:
     """The gradient of a bias from that of the product."""
     return gradient.reshape(-1, gradient.shape[-1]).sum(0, dtype=torch.float32).to(bias.dtype)
+
+
+def called(name: str, compute: Callable[..., Tensor], other: int) -> Callable[..., Tensor]:
+    """An operator past torch's dispatcher where only a kernel on the CPU is to see the call.
+
+    The dispatcher takes as long as a small product. It is needed by compilers, tracers, modes and gradients.
+
+    Args:
+        other: which operand after the first may be on a GPU, or want a gradient, as the first may.
+    """
+    operator = getattr(torch.ops.hpcprune, name)
+
+    def call(x: Tensor, *operands: Any) -> Tensor:
+        seen = torch.compiler.is_compiling() or not (
+            type(x) is Tensor
+            and x.is_cpu
+            and operands[other].is_cpu
+            and not (torch.is_grad_enabled() and (x.requires_grad or operands[other].requires_grad))
+            and not torch._C._len_torch_dispatch_stack()
+            and torch._C._functorch.peek_interpreter_stack() is None
+            and torch._C._get_tracing_state() is None
+        )
+        return operator(x, *operands) if seen else compute(x, *operands)
+
+    return call
+
+
+def refuse_gradients(library: Any, operators: Iterable[str]) -> None:
+    """Have operators raise where a gradient is asked of them, which torch would else take to be zero."""
+
+    def refuse(name: str) -> Callable[..., None]:
+        def backward(*_: Any) -> None:
+            raise SparseError(
+                f"hpcprune::{name} knows no gradient: run inference under torch.no_grad(), train with the dense layer "
+                "or with retrain.sparse, and ask for no second derivative of a sparse layer"
+            )
+
+        return backward
+
+    registry: Any = torch.library
+    for name in operators:
+        registry.register_autograd(f"hpcprune::{name}", refuse(name), lib=library)
 
 
 def define(library: Any, operators: Iterable[Operator]) -> None:

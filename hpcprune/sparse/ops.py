@@ -9,13 +9,23 @@ survivors, and so is their gradient.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from hpcprune.sparse import bitmap, blocks, panels, two_of_four
-from hpcprune.sparse.operators import Operator, compute_on, define, flat, float_bias, of_bias, shaped
+from hpcprune.sparse.operators import (
+    Operator,
+    called,
+    compute_on,
+    define,
+    flat,
+    float_bias,
+    of_bias,
+    refuse_gradients,
+    shaped,
+)
 from hpcprune.sparse.panels import Geometry, convolve, refill, sampled
 
 __all__ = [
@@ -33,12 +43,27 @@ def _linear(multiply: Callable[..., Tensor]) -> Callable[..., Tensor]:
 
     def product(x: Tensor, *operands: Any) -> Tensor:
         *matrix, bias, rows = operands
+        # A small product takes 3 us, as would calls that do nothing.
+        if x.dim() == 2 and x.is_contiguous() and (bias is None or bias.dtype is torch.float32):
+            return multiply(x, *matrix, bias, rows)
         return shaped(multiply(flat(x), *matrix, float_bias(bias), rows), x)
 
     return product
 
 
-_panels_linear = _linear(panels.multiply)
+class _Held(NamedTuple):
+    """How a matrix is held beside its weights, as an operator's arguments; and the operator's computation."""
+
+    matrix: str
+    compute: Callable[..., Tensor]
+
+
+_LINEAR = {
+    "panels": _Held("Tensor layout", _linear(panels.multiply)),
+    "bitmap": _Held("Tensor bits, Tensor first", _linear(bitmap.multiply)),
+    "blocks": _Held("Tensor start, Tensor column", _linear(blocks.multiply)),
+    "two_of_four": _Held("Tensor code", _linear(two_of_four.multiply)),
+}
 
 
 def _conv2d(x: Tensor, layout: Tensor, value: Tensor, bias: Tensor | None, rows: int, *geometry: list[int]) -> Tensor:
@@ -61,7 +86,7 @@ def _survivors_linear(
     order_t: Tensor,
     rows: int,
 ) -> Tensor:
-    return _panels_linear(x, layout, refill(order, survivors), bias, rows)
+    return _LINEAR["panels"].compute(x, layout, refill(order, survivors), bias, rows)
 
 
 def _product_like(x: Tensor, *operands: Any) -> Tensor:
@@ -90,12 +115,11 @@ def _keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 def _backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
     x, survivors, bias, layout, order, layout_t, order_t = ctx.saved_tensors
     needs_x, needs_survivors, needs_bias, *_ = ctx.needs_input_grad
-    ops = torch.ops.hpcprune
     of_x = of_survivors = of_its_bias = None
     if needs_x:
-        of_x = ops.panels_linear(gradient, layout_t, ops.panels_refill(order_t, survivors), None, x.shape[-1])
+        of_x = panels_linear(gradient, layout_t, _refill_panels(order_t, survivors), None, x.shape[-1])
     if needs_survivors:
-        of_survivors = ops.panels_sampled(x, gradient, layout, order, survivors.shape[0]).to(survivors.dtype)
+        of_survivors = _sampled_panels(x, gradient, layout, order, survivors.shape[0]).to(survivors.dtype)
     if needs_bias:
         of_its_bias = of_bias(gradient, bias)
     return of_x, of_survivors, of_its_bias, None, None, None, None, None
@@ -103,13 +127,12 @@ def _backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
 
 OPERATORS: tuple[Operator, ...] = (
     *(
-        (f"{kernel}_linear(Tensor x, {matrix}, Tensor value, Tensor? bias, int rows) -> Tensor", compute, _product_like)
-        for kernel, matrix, compute in (
-            ("panels", "Tensor layout", _panels_linear),
-            ("bitmap", "Tensor bits, Tensor first", _linear(bitmap.multiply)),
-            ("blocks", "Tensor start, Tensor column", _linear(blocks.multiply)),
-            ("two_of_four", "Tensor code", _linear(two_of_four.multiply)),
+        (
+            f"{kernel}_linear(Tensor x, {held.matrix}, Tensor value, Tensor? bias, int rows) -> Tensor",
+            held.compute,
+            _product_like,
         )
+        for kernel, held in _LINEAR.items()
     ),
     (
         "panels_conv2d(Tensor x, Tensor layout, Tensor value, Tensor? bias, int rows, int[] kernel, int[] stride, "
@@ -136,9 +159,13 @@ define(_library, OPERATORS)
 compute_on(_library, OPERATORS, "CPU")
 _torch.register_autograd("hpcprune::survivors_linear", _backward, setup_context=_keep)
 
-bitmap_linear = torch.ops.hpcprune.bitmap_linear
-blocks_linear = torch.ops.hpcprune.blocks_linear
+_WITHOUT_GRADIENT = ("panels_conv2d", "panels_refill", "panels_sampled", *(f"{kernel}_linear" for kernel in _LINEAR))
+refuse_gradients(_library, _WITHOUT_GRADIENT)
+
+
 panels_conv2d = torch.ops.hpcprune.panels_conv2d
-panels_linear = torch.ops.hpcprune.panels_linear
 survivors_linear = torch.ops.hpcprune.survivors_linear
-two_of_four_linear = torch.ops.hpcprune.two_of_four_linear
+bitmap_linear, blocks_linear, panels_linear, two_of_four_linear = (
+    called(f"{kernel}_linear", _LINEAR[kernel].compute, -3) for kernel in ("bitmap", "blocks", "panels", "two_of_four")
+)
+_refill_panels, _sampled_panels = called("panels_refill", refill, 0), called("panels_sampled", _sampled, 0)

@@ -16,9 +16,8 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from hpcprune.native.pool import pool
 from hpcprune.sparse import kernels
-from hpcprune.sparse.kernels import count_survivors, done, is_half
+from hpcprune.sparse.kernels import count_survivors, is_half
 
 __all__ = ["Geometry", "Panels", "convolve", "lay_out", "multiply", "refill", "sampled"]
 
@@ -59,7 +58,7 @@ def lay_out(bits: npt.NDArray[np.uint8], rows: int, columns: int, *, transposed:
     Raises:
         SparseError: there is no compiled library, or more weights survive than 32 bits count.
     """
-    code, _ = kernels.kernels()
+    code = kernels.kernels().code
     bits = np.ascontiguousarray(bits, np.uint8)
     count_survivors(bits, rows, columns)
     entries = ctypes.c_int64()
@@ -73,10 +72,10 @@ def lay_out(bits: npt.NDArray[np.uint8], rows: int, columns: int, *, transposed:
 def refill(order: Tensor, survivors: Tensor) -> Tensor:
     """A layout's weights, from the packed survivors; zeros where an entry is none."""
     value = torch.empty(order.shape, dtype=survivors.dtype)
-    code, _ = kernels.kernels()
+    code, _, pool = kernels.kernels()
     half, threads = is_half("W", survivors), torch.get_num_threads()
     packed = survivors.data_ptr(), survivors.numel()
-    code.hpcprune_panels_refill(order.data_ptr(), order.numel(), half, *packed, value.data_ptr(), threads, pool())
+    code.hpcprune_panels_refill(order.data_ptr(), order.numel(), half, *packed, value.data_ptr(), threads, pool)
     return value
 
 
@@ -86,9 +85,8 @@ def multiply(x: Tensor, layout: Tensor, value: Tensor, bias: Tensor | None, rows
     Args:
         x: [batch, columns], float32 or bfloat16, contiguous. bias: [rows], float32.
     """
-    batch = x.shape[0]
-    y = x.new_empty(batch, rows)
-    return kernels.multiply("hpcprune_spmm", (layout.data_ptr(),), value, x, (batch,), bias, y)
+    matrix = layout.data_ptr(), layout.numel()
+    return kernels.multiply("hpcprune_spmm", matrix, value, x, x.shape, bias, x.new_empty(x.shape[0], rows))
 
 
 def convolve(x: Tensor, layout: Tensor, value: Tensor, bias: Tensor | None, rows: int, geometry: Geometry) -> Tensor:
@@ -105,7 +103,8 @@ def convolve(x: Tensor, layout: Tensor, value: Tensor, bias: Tensor | None, rows
     pairs = (size, geometry.kernel, geometry.stride, geometry.padding, geometry.dilation, out)
     sides = (ctypes.c_int64 * 13)(channels, *(side for pair in pairs for side in pair))
     y = x.new_empty(images, rows, *out)
-    return kernels.multiply("hpcprune_convolution", (layout.data_ptr(),), value, x, (images, sides), bias, y)
+    matrix = layout.data_ptr(), layout.numel()
+    return kernels.multiply("hpcprune_convolution", matrix, value, x, (images, sides), bias, y)
 
 
 def sampled(x: Tensor, gradient: Tensor, layout: Tensor, order: Tensor, survivors: int) -> Tensor:
@@ -114,10 +113,5 @@ def sampled(x: Tensor, gradient: Tensor, layout: Tensor, order: Tensor, survivor
     Args:
         x: [batch, columns]. gradient: [batch, rows], with respect to the product. Of one dtype, contiguous.
     """
-    matrix = layout.data_ptr(), order.data_ptr()
-    packed = torch.empty(survivors, dtype=torch.float32)
-    code, level = kernels.kernels()
-    half, threads = is_half("x", x), torch.get_num_threads()
-    operands = x.data_ptr(), gradient.data_ptr(), x.shape[0], packed.data_ptr(), survivors
-    done(code.hpcprune_sddmm(level, half, *matrix, *operands, threads, pool()))
-    return packed
+    matrix = layout.data_ptr(), layout.numel(), order.data_ptr(), order.numel()
+    return kernels.sample("hpcprune_sddmm", matrix, x, gradient, survivors)

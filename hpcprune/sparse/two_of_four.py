@@ -82,6 +82,5 @@ def multiply(x: Tensor, code: Tensor, value: Tensor, bias: Tensor | None, rows: 
     Args:
         x: [batch, columns], float32 or bfloat16, contiguous. bias: [rows], float32.
     """
-    batch, columns = x.shape
-    matrix = rows, columns, code.data_ptr()
-    return kernels.multiply("hpcprune_two_of_four", matrix, value, x, (batch,), bias, x.new_empty(batch, rows))
+    matrix = code.data_ptr(), code.numel()
+    return kernels.multiply("hpcprune_two_of_four", matrix, value, x, x.shape, bias, x.new_empty(x.shape[0], rows))

@@ -43,6 +43,22 @@ struct Blocks {
   int64_t units() const { return side / UNIT; }
   int64_t block_rows() const { return (rows + side - 1) / side; }
   int64_t block_columns() const { return (columns + side - 1) / side; }
+
+  // Whether there are as many starts, blocks and weights as such a matrix has; else products would read what is not
+  // there.
+  bool fits(int64_t starts, int64_t blocks, int64_t weights) const {
+    return (side == 16 || side == 32 || side == 64) && starts == block_rows() + 1 && blocks == start[starts - 1] &&
+           weights == blocks * side * side;
+  }
+
+  // The weights within the matrix's edges.
+  int64_t survivors() const {
+    int64_t count = 0;
+    for (int64_t row = 0; row < block_rows(); ++row)
+      for (int64_t block = start[row]; block < start[row + 1]; ++block)
+        count += std::min(side, rows - row * side) * std::min(side, columns - column[block] * side);
+    return count;
+  }
 };
 
 // Where block rows are cut so that each of `parts` has about as many blocks.
@@ -84,7 +100,7 @@ int gradient(int path, const Blocks& w, const int32_t* order, const Element* x, 
   const int64_t padded_columns = w.block_columns() * w.side;
   const int64_t length = std::min(GRADIENT_SAMPLES, batch) * (padded_columns + most * w.side);
   float* scratch = aligned_floats(runs * length);
-  if (!scratch) return 1;
+  if (!scratch) return NO_MEMORY;
   in_pool(pool, runs, [&](int64_t run) {
     const int64_t first = cuts[run], last = cuts[run + 1], row = first * w.side;
     float *packed_x = scratch + run * length,
@@ -99,7 +115,7 @@ int gradient(int path, const Blocks& w, const int32_t* order, const Element* x, 
     }
   });
   std::free(scratch);
-  return 0;
+  return DONE;
 }
 
 }  // namespace
@@ -109,24 +125,32 @@ extern "C" {
 
 // `start` holds a number for each block row and one more, `column` one for each block, ascending within a row; `value`
 // holds side x side weights for each block, a column's after another. `kind` says of what types weights, X and Y are
-// (vectors.h); bias is float, or null. 0, or 1 where memory is short.
-int hpcprune_blocks_product(int path, int kind, int64_t side, int64_t rows, int64_t columns, const int32_t* start,
-                            const int32_t* column, const void* value, const void* x, int64_t batch, const float* bias,
-                            void* y, int threads, const hpcprune::Pool* pool) {
+// (vectors.h); bias is float, or null. `starts`, `blocks` and `values` are how many they are. A Status (paths.h).
+int hpcprune_blocks_product(int path, int kind, int64_t side, const int32_t* start, int64_t starts,
+                            const int32_t* column, int64_t blocks, const void* value, int64_t values, const void* x,
+                            int64_t batch, int64_t columns, const float* bias, void* y, int64_t rows, int threads,
+                            const hpcprune::Pool* pool) {
   using namespace hpcprune;
+  const Blocks w{side, rows, columns, start, column};
+  if (!w.fits(starts, blocks, values)) return DOES_NOT_FIT;
+  const int useful = threads_for(values / UNIT * batch, threads);
   return with_types(kind, value, x, y, [&](const auto* weights, const auto* from, auto* to) {
-    return product(path, {side, rows, columns, start, column}, weights, from, batch, bias, to, threads, pool);
+    return product(path, w, weights, from, batch, bias, to, useful, pool);
   });
 }
 
 // `order` says which survivor each weight of `value` is; those of a block's row follow one another. `half`: X and dY
-// are bfloat16, else float. `survivors` gets the gradient of all of them.
-int hpcprune_blocks_gradient(int path, int half, int64_t side, int64_t rows, int64_t columns, const int32_t* start,
-                             const int32_t* column, const int32_t* order, const void* x, const void* dy, int64_t batch,
-                             float* survivors, int threads, const hpcprune::Pool* pool) {
+// are bfloat16, else float. `packed` gets the gradient of all `survivors`. A Status.
+int hpcprune_blocks_gradient(int path, int half, int64_t side, const int32_t* start, int64_t starts,
+                             const int32_t* column, int64_t blocks, const int32_t* order, int64_t orders, const void* x,
+                             int64_t batch, int64_t columns, const void* dy, int64_t rows, float* packed,
+                             int64_t survivors, int threads, const hpcprune::Pool* pool) {
   using namespace hpcprune;
+  const Blocks w{side, rows, columns, start, column};
+  if (!w.fits(starts, blocks, orders) || w.survivors() != survivors) return DOES_NOT_FIT;
+  const int useful = threads_for(orders / UNIT * batch, threads);
   const auto run = [&](const auto* from, const auto* given) {
-    return gradient(path, {side, rows, columns, start, column}, order, from, given, batch, survivors, threads, pool);
+    return gradient(path, w, order, from, given, batch, packed, useful, pool);
   };
   return half ? run(static_cast<const bfloat16*>(x), static_cast<const bfloat16*>(dy))
               : run(static_cast<const float*>(x), static_cast<const float*>(dy));

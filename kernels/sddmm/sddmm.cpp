@@ -36,7 +36,8 @@ namespace {
 template <class Column, class Element>
 int sddmm(int path, const Layout& w, const int32_t* order, const Element* x, const Element* dy, int64_t batch,
           float* packed, int64_t survivors, int threads, const Pool* pool) {
-  const int64_t runs = std::max<int64_t>(1, std::min<int64_t>(threads, w.chunks));
+  const int64_t tiles = batch / LARGEST_TILE + 1;
+  const int64_t runs = std::max<int64_t>(1, std::min<int64_t>(threads_for(w.entries * tiles, threads), w.chunks));
   const std::vector<int64_t> cuts = cut_chunks(w, runs);
   int64_t most = 0;
   for (int64_t run = 0; run < runs; ++run) most = std::max(most, cuts[run + 1] - cuts[run]);
@@ -44,7 +45,7 @@ int sddmm(int path, const Layout& w, const int32_t* order, const Element* x, con
   const int64_t length = LARGEST_TILE * (w.panel + most * CHUNK);
   float* scratch =
       static_cast<float*>(std::aligned_alloc(64, (runs * length + (entries + 15) / 16 * 16) * sizeof(float)));
-  if (!scratch) return 1;
+  if (!scratch) return NO_MEMORY;
   float* value = scratch + runs * length;
   in_pool(pool, runs, [&](int64_t run) {
     float* own = scratch + run * length;
@@ -54,7 +55,7 @@ int sddmm(int path, const Layout& w, const int32_t* order, const Element* x, con
                                   {value, order, packed, static_cast<uint32_t>(survivors), true, true}));
   });
   std::free(scratch);
-  return 0;
+  return DONE;
 }
 
 }  // namespace
@@ -62,10 +63,13 @@ int sddmm(int path, const Layout& w, const int32_t* order, const Element* x, con
 
 extern "C" {
 
-// `half`: X and dY are bfloat16, else float. `packed` has a place for every survivor. 0, or 1 where memory is short.
-int hpcprune_sddmm(int path, int half, const void* layout, const int32_t* order, const void* x, const void* dy,
-                   int64_t batch, float* packed, int64_t survivors, int threads, const hpcprune::Pool* pool) {
+// `layout` is the `length` bytes that `hpcprune_panels_fill` made, with its `orders` of `order`. `half`: X and dY are
+// bfloat16, else float. `packed` has a place for every survivor. A Status (paths.h).
+int hpcprune_sddmm(int path, int half, const void* layout, int64_t length, const int32_t* order, int64_t orders,
+                   const void* x, int64_t batch, int64_t columns, const void* dy, int64_t rows, float* packed,
+                   int64_t survivors, int threads, const hpcprune::Pool* pool) {
   using namespace hpcprune;
+  if (!Layout::fits(layout, length, rows, columns, orders)) return DOES_NOT_FIT;
   const Layout w(layout);
   const auto run = [&](const auto* from, const auto* gradient) {
     return w.panel > NARROW ? sddmm<uint16_t>(path, w, order, from, gradient, batch, packed, survivors, threads, pool)

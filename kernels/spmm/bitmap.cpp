@@ -19,7 +19,16 @@
 namespace hpcprune {
 namespace {
 
-// `bits` is followed by 8 bytes more, and `value` by 16 elements; `first` [rows] says where a row's survivors begin.
+constexpr int64_t BYTES_AFTER = 8, VALUES_AFTER = 16;  // of the bits and of the values, which a vector's load may touch
+
+// How many of the bits [first, last) are ones.
+int64_t ones(const uint8_t* bits, int64_t first, int64_t last) {
+  int64_t count = 0;
+  for (int64_t i = first; i < last; ++i) count += bits[i / 8] >> i % 8 & 1;
+  return count;
+}
+
+// `first` [rows] says where a row's survivors begin.
 template <class Value>
 struct Bitmap {
   int64_t rows, columns;
@@ -42,8 +51,8 @@ int multiply(int path, const Bitmap<Value>& w, const Element* x, int64_t batch, 
              int threads, const Pool* pool) {
   const int64_t length = (w.columns + 47) / 16 * 16;
   float* wide = static_cast<float*>(std::aligned_alloc(64, length * sizeof(float)));
-  if (!wide) return 1;
-  const int64_t runs = std::max<int64_t>(1, std::min<int64_t>(threads, w.rows));
+  if (!wide) return NO_MEMORY;
+  const int64_t runs = std::max<int64_t>(1, std::min<int64_t>(threads_for(w.rows * w.columns / 16, threads), w.rows));
   for (int64_t sample = 0; sample < batch; ++sample, x += w.columns, y += w.rows) {
     for (int64_t k = 0; k < w.columns; ++k) wide[k] = widen(x[k]);
     std::fill(wide + w.columns, wide + length, 0.0f);
@@ -53,7 +62,7 @@ int multiply(int path, const Bitmap<Value>& w, const Element* x, int64_t batch, 
     });
   }
   std::free(wide);
-  return 0;
+  return DONE;
 }
 
 }  // namespace
@@ -61,11 +70,15 @@ int multiply(int path, const Bitmap<Value>& w, const Element* x, int64_t batch, 
 
 extern "C" {
 
-// `kind` says of what types weights, X and Y are (vectors.h); bias is float, or null. 0, or 1 where memory is short.
-int hpcprune_bitmap(int path, int kind, int64_t rows, int64_t columns, const uint8_t* bits, const int64_t* first,
-                    const void* value, const void* x, int64_t batch, const float* bias, void* y, int threads,
-                    const hpcprune::Pool* pool) {
+// `bits` are `bytes`, `first` has `firsts` and `value` `values`, what is beyond the ends counted. `kind` says of what
+// types weights, X and Y are (vectors.h); bias is float, or null. A Status (paths.h).
+int hpcprune_bitmap(int path, int kind, const uint8_t* bits, int64_t bytes, const int64_t* first, int64_t firsts,
+                    const void* value, int64_t values, const void* x, int64_t batch, int64_t columns, const float* bias,
+                    void* y, int64_t rows, int threads, const hpcprune::Pool* pool) {
   using namespace hpcprune;
+  if (firsts != rows || bytes != (rows * columns + 7) / 8 + BYTES_AFTER) return DOES_NOT_FIT;
+  if (rows && values - VALUES_AFTER != first[rows - 1] + ones(bits, (rows - 1) * columns, rows * columns))
+    return DOES_NOT_FIT;
   return with_types(kind, value, x, y, [&](const auto* weights, const auto* from, auto* to) {
     const Bitmap<std::decay_t<decltype(*weights)>> w{rows, columns, bits, first, weights};
     return multiply(path, w, from, batch, bias, to, threads, pool);

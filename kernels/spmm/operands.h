@@ -2,6 +2,7 @@
 
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 
 namespace hpcprune {
@@ -37,6 +38,11 @@ struct Images {
         padding{shape[7], shape[8]},
         dilation{shape[9], shape[10]},
         out{shape[11], shape[12]} {}
+
+  int64_t columns() const { return channels * kernel[0] * kernel[1]; }
+  bool possible() const {
+    return std::min({kernel[0], kernel[1], stride[0], stride[1], dilation[0], dilation[1]}) > 0;
+  }
 };
 
 }  // namespace hpcprune

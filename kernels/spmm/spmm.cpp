@@ -59,10 +59,11 @@ int spmm(int path, const Layout& w, const Value* value, const Operand& operand, 
       tiles.push_back({image, sample, std::min(width, samples - sample), width, 0, w.chunks});
       sample += tiles.back().samples;
     }
+  threads = threads_for(w.entries * tiles.size(), threads);
   // Blocks of rows whose sums fit the L2 cache.
   const int64_t blocks = (w.chunks + 63) / 64;
   const std::vector<int64_t> cuts =
-      cut_chunks(w, std::max(blocks, parts_of_each(tiles.size(), std::max(1, threads), w.chunks)));
+      cut_chunks(w, std::max(blocks, parts_of_each(tiles.size(), threads, w.chunks)));
   int64_t most = 0, widest = 1;
   for (const Part& whole : tiles) {
     widest = std::max(widest, whole.width);
@@ -72,11 +73,11 @@ int spmm(int path, const Layout& w, const Value* value, const Operand& operand, 
       parts.push_back({whole.image, whole.sample, whole.samples, whole.width, cuts[i], cuts[i + 1]});
     }
   }
-  const int64_t runs = std::min<int64_t>(std::max(1, threads), parts.size());
-  if (runs == 0) return 0;
+  const int64_t runs = std::min<int64_t>(threads, parts.size());
+  if (runs == 0) return DONE;
   const size_t length = (std::max(widest * w.panel, w.columns) + most * CHUNK * widest + 15) / 16 * 16;
   float* scratch = static_cast<float*>(std::aligned_alloc(64, runs * length * sizeof(float)));
-  if (!scratch) return 1;
+  if (!scratch) return NO_MEMORY;
   in_pool(pool, runs, [&](int64_t run) {
     for (size_t i = run; i < parts.size(); i += runs) {
       float* own = scratch + run * length;
@@ -84,7 +85,7 @@ int spmm(int path, const Layout& w, const Value* value, const Operand& operand, 
     }
   });
   std::free(scratch);
-  return 0;
+  return DONE;
 }
 
 template <class Value, class Operand>
@@ -99,11 +100,13 @@ int spmm(int path, const Layout& w, const Value* value, const Operand& operand, 
 
 extern "C" {
 
-// `layout` is what `hpcprune_panels_fill` made, `value` has a weight for each of its entries. `kind` says of what types
-// weights, X and Y are (vectors.h); bias is float, or null. 0, or 1 where memory is short.
-int hpcprune_spmm(int path, int kind, const void* layout, const void* value, const void* x, int64_t batch,
-                  const float* bias, void* y, int threads, const hpcprune::Pool* pool) {
+// `layout` is the `length` bytes that `hpcprune_panels_fill` made, `value` has a weight for each of its entries. `kind`
+// says of what types weights, X and Y are (vectors.h); bias is float, or null. A Status (paths.h).
+int hpcprune_spmm(int path, int kind, const void* layout, int64_t length, const void* value, int64_t values,
+                  const void* x, int64_t batch, int64_t columns, const float* bias, void* y, int64_t rows, int threads,
+                  const hpcprune::Pool* pool) {
   using namespace hpcprune;
+  if (!Layout::fits(layout, length, rows, columns, values)) return DOES_NOT_FIT;
   const Layout w(layout);
   return with_types(kind, value, x, y, [&](const auto* weights, const auto* from, auto* to) {
     return spmm(path, w, weights, Rows{from, to, w.columns, w.rows}, 1, batch, bias, threads, pool);
@@ -112,9 +115,12 @@ int hpcprune_spmm(int path, int kind, const void* layout, const void* value, con
 
 // A convolution of images. `shape` is channels, then height and width of the image, the kernel, the stride, the
 // padding, the dilation and the output.
-int hpcprune_convolution(int path, int kind, const void* layout, const void* value, const void* x, int64_t count,
-                         const int64_t* shape, const float* bias, void* y, int threads, const hpcprune::Pool* pool) {
+int hpcprune_convolution(int path, int kind, const void* layout, int64_t length, const void* value, int64_t values,
+                         const void* x, int64_t count, const int64_t* shape, const float* bias, void* y, int64_t rows,
+                         int threads, const hpcprune::Pool* pool) {
   using namespace hpcprune;
+  const Images shaped(static_cast<const float*>(x), static_cast<float*>(y), rows, shape);
+  if (!shaped.possible() || !Layout::fits(layout, length, rows, shaped.columns(), values)) return DOES_NOT_FIT;
   const Layout w(layout);
   return with_types(kind, value, x, y, [&](const auto* weights, const auto* from, auto* to) {
     const Images images{from, to, w.rows, shape};

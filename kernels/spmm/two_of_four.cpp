@@ -61,14 +61,18 @@ int multiply(int path, const TwoOfFour& w, const Value* value, const Element* x,
 
 extern "C" {
 
-// `code` and `value` hold PAIRS words and PAIRS times UNIT weights for each unit, 0 where there is no weight. `kind`
-// says of what types weights, X and Y are (vectors.h); bias is float, or null. 0, or 1 where memory is short.
-int hpcprune_two_of_four(int path, int kind, int64_t rows, int64_t columns, const uint32_t* code, const void* value,
-                         const void* x, int64_t batch, const float* bias, void* y, int threads,
-                         const hpcprune::Pool* pool) {
+// `code` and `value` hold PAIRS words and PAIRS times UNIT weights for each unit, 0 where there is no weight; they are
+// `codes` and `values`. `kind` says of what types weights, X and Y are (vectors.h); bias is float, or null. A Status
+// (paths.h).
+int hpcprune_two_of_four(int path, int kind, const uint32_t* code, int64_t codes, const void* value, int64_t values,
+                         const void* x, int64_t batch, int64_t columns, const float* bias, void* y, int64_t rows,
+                         int threads, const hpcprune::Pool* pool) {
   using namespace hpcprune;
+  const TwoOfFour w{rows, columns, code};
+  if (codes != w.stripes() * w.units() * PAIRS || values != codes * UNIT) return DOES_NOT_FIT;
+  const int useful = threads_for(values / UNIT * batch, threads);
   return with_types(kind, value, x, y, [&](const auto* weights, const auto* from, auto* to) {
-    return multiply(path, {rows, columns, code}, weights, from, batch, bias, to, threads, pool);
+    return multiply(path, w, weights, from, batch, bias, to, useful, pool);
   });
 }
 }
