@@ -15,7 +15,7 @@ import hpcprune
 from hpcprune.layers import find_layers
 from hpcprune.masks import Masks
 from hpcprune.sparse import SparseConv2d, SparseLinear, choose, sparsify
-from hpcprune.sparse.held import LINEAR, Kernel, fit, hold
+from hpcprune.sparse.held import Kernel, fit, hold
 from hpcprune.sparse.kernels import SparseError, kernels
 from hpcprune.sparse.modules import sparse_module
 from hpcprune.sparse.ops import panels_linear, survivors_linear
