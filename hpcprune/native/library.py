@@ -118,7 +118,6 @@ def _load(file: Path) -> ctypes.CDLL:
             ("gather", integer, [integer] * 2 + [pointer, long, pointer, pointer, integer]),
             ("scatter", integer, [integer] * 2 + [pointer, long, pointer, pointer, integer]),
             ("update", integer, [integer] * 2 + [pointer, long, pointer, pointer, integer]),
-            ("zero_pruned", integer, [integer, pointer, long, pointer, integer]),
             ("popcount", long, [pointer, long]),
             ("panels_bytes", long, [pointer, long, long, integer, pointer]),
             ("panels_fill", None, [pointer, long, long, integer, long, pointer, pointer]),
