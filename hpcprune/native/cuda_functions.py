@@ -14,7 +14,7 @@ PREFIX = "hpcprune_cuda_"
 _status = _integer = ctypes.c_int  # a cudaError_t
 _word, _long, _pointer = ctypes.c_int32, ctypes.c_int64, ctypes.c_void_p
 _matrix, _batch = [_long, _long], [_pointer, _long]
-_packing = [_integer, _pointer, _long, *[_pointer] * 4]
+_packing: list[type] = [_integer, _pointer, _long, *[_pointer] * 4]
 
 # By their names without the prefix. Where one gives a status, its last argument is the stream.
 FUNCTIONS: dict[str, tuple[type, list[type]]] = {
