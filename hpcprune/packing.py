@@ -23,7 +23,7 @@ from hpcprune.native.cuda_survivors import CudaMask
 from hpcprune.native.survivors import gather, popcount, update
 from hpcprune.tensors import to_array
 
-__all__ = ["Bits", "Masked", "Packed", "Packing", "Whole", "survivors_of"]
+__all__ = ["Bits", "Masked", "Packed", "Packing", "Whole", "dense_of", "survivors_of"]
 
 Bits = npt.NDArray[np.uint8]
 
@@ -74,7 +74,7 @@ class Packed:
 
         On a GPU the mask does it there, with kernels of ours; without them, and on other devices, indices do.
         """
-        self.length = popcount(bits)
+        self.length, self._weights = popcount(bits), weights
         self.bits, self._places, self._mask = bits, None, None
         if device.type == launching.DEVICE:
             with suppress(UnavailableError):
@@ -99,6 +99,16 @@ class Packed:
         else:
             update(to_array(dense), self.bits, to_array(packed), torch.get_num_threads())
 
+    def spread(self, packed: Tensor) -> Tensor:
+        """A new dense tensor of it; what is pruned is zero."""
+        if self._mask is None:
+            dense = packed.new_zeros(self._weights)
+            self.scatter(packed, dense)
+        else:
+            dense = packed.new_empty(self._weights)
+            self._mask.scatter(dense, packed)
+        return dense
+
 
 def survivors_of(values: Tensor, bits: Bits) -> Tensor:
     """The survivors of a tensor by its packed mask, in order, where the tensor is."""
@@ -106,6 +116,11 @@ def survivors_of(values: Tensor, bits: Bits) -> Tensor:
     found = values.new_empty(packing.length)
     packing.gather(values.reshape(-1).contiguous(), found)
     return found
+
+
+def dense_of(packed: Tensor, bits: Bits, weights: int) -> Tensor:
+    """The opposite of `survivors_of`: `weights` values, flat, with zeros where the mask prunes."""
+    return Packed(bits, weights, packed.device).spread(packed)
 
 
 class Masked:

@@ -11,6 +11,8 @@ import math
 import time
 from pathlib import Path
 
+import torch
+
 from hpcprune.errors import CheckpointError, NumericsError
 from hpcprune.evaluate import evaluate
 from hpcprune.exchange.choose import open_exchange
@@ -21,7 +23,7 @@ from hpcprune.journal import Journal
 from hpcprune.launch import check_code, check_folder, late_checkpoint
 from hpcprune.ledger import Ledger
 from hpcprune.masks import Masks
-from hpcprune.native.library import describe
+from hpcprune.native import cuda, library
 from hpcprune.outcome import build_report, measure_costs, measure_inference, rank_load, weight_histogram
 from hpcprune.prepare import prepare
 from hpcprune.progress import Display
@@ -95,7 +97,7 @@ class Run:
             f"{len(prepared.layers)} layers, on {world.size} rank{several} with {prepared.threads} "
             f"thread{'s' if prepared.threads > 1 else ''} each"
         )
-        self.display.say(f"{exchange}; kernels {describe()}")
+        self.display.say(f"{exchange}; {_kernels(prepared.device)}")
         self._warn(odd)
 
     def _warn(self, odd: str | None) -> None:
@@ -285,3 +287,12 @@ class Run:
     @property
     def _dense_file(self) -> Path:
         return self.job.weights_file or self.folder.dense
+
+
+def _kernels(device: torch.device) -> str:
+    """Which compiled kernels run, why these, and how to choose others."""
+    of_the_cpu = f"kernels {library.describe()}; HPCPRUNE_NATIVE={'|'.join(library.CHOICES)} forces others"
+    if device.type != "cuda":
+        return of_the_cpu
+    with torch.cuda.device(device):
+        return f"{of_the_cpu}; on the GPU {cuda.describe()}"

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from hpcprune.errors import TaskError
 from hpcprune.masks import Masks
-from hpcprune.packing import Masked, Packed, Packing, Whole
+from hpcprune.packing import Masked, Packed, Packing, Whole, dense_of
 
 __all__ = ["Segment", "Survivors"]
 
@@ -180,12 +180,10 @@ class Survivors:
             values: as packed under `masks`, of this round or an earlier one, or one for every weight.
             out: as long as the segment.
         """
-        weights, device = segment.parameter.numel(), segment.parameter.device
-        dense = values.to(device)
+        weights, dense = segment.parameter.numel(), values.to(segment.parameter.device)
         if values.numel() != weights:
             assert masks is not None, "only what is pruned has fewer values than weights"
-            dense = torch.zeros(weights, dtype=values.dtype, device=device)
-            Packed(masks.bits(segment.name), weights, device).scatter(values.to(device), dense)
+            dense = dense_of(dense, masks.bits(segment.name), weights)
         segment.packing.gather(dense, out)
 
     def pack_gradients(self) -> None:

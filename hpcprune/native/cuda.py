@@ -20,6 +20,7 @@ from pathlib import Path
 
 from hpcprune.errors import HpcpruneError
 from hpcprune.native.compiling import CACHE_VARIABLES, Recipe, UnavailableError, find_or_build, kernel_sources
+from hpcprune.native.cuda_functions import declare
 
 __all__ = ["CudaError", "CudaLibrary", "UnavailableError", "check", "describe", "find_nvcc", "find_tool", "library"]
 
@@ -49,8 +50,9 @@ class CudaError(HpcpruneError, RuntimeError):
 
 @dataclass(frozen=True)
 class CudaLibrary:
-    """The kernels in use; `reason` says why these."""
+    """The kernels in use, and the file that they are in; `reason` says why these."""
 
+    file: Path
     reason: str
     code: ctypes.CDLL
 
@@ -63,7 +65,7 @@ def library(architecture: str | None = None) -> CudaLibrary:
 
     Raises:
         UnavailableError: there is no GPU, no nvcc, or it cannot compile.
-        HpcpruneError: HPCPRUNE_CUDA names a file that cannot be loaded.
+        HpcpruneError: HPCPRUNE_CUDA names a file that cannot be loaded, or that lacks a function.
     """
     environ = _environment()
     if architecture is None and not environ.get("HPCPRUNE_CUDA"):
@@ -78,7 +80,7 @@ def describe(architecture: str | None = None) -> str:
     """The library that was chosen and why, in one line, or why there is none; and how to choose another."""
     try:
         chosen = library(architecture).reason
-    except UnavailableError as why:
+    except (UnavailableError, HpcpruneError) as why:
         chosen = f"none: {why}"
     return f"{chosen}; HPCPRUNE_CUDA=off takes none, HPCPRUNE_CUDA=FILE another one"
 
@@ -137,22 +139,40 @@ def _library(environment: tuple[tuple[str, str], ...], architecture: str | None)
     chosen = environ.get("HPCPRUNE_CUDA", "")
     if chosen == "off":
         return "turned off by HPCPRUNE_CUDA=off"
+    if chosen:
+        return CudaLibrary(Path(chosen), f"{chosen}: chosen by HPCPRUNE_CUDA", _load_chosen(chosen))
     try:
-        if chosen:
-            return CudaLibrary(f"{chosen}: chosen by HPCPRUNE_CUDA", ctypes.CDLL(chosen))
         units, headers = kernel_sources(".cu")
         nvcc = find_nvcc(environ)
         flags = [*FLAGS, f"-arch={architecture}"]
         missing = "no nvcc (neither in CUDA_HOME nor on PATH): pip install nvidia-cuda-nvcc, or set CUDA_HOME"
         recipe = Recipe(f"cuda-{architecture}", flags, units, headers, LONGEST_COMPILE)
         file, built = find_or_build(recipe, environ, _command(nvcc) if nvcc else None, missing)
-        return CudaLibrary(f"{architecture}: {built} {file}", ctypes.CDLL(str(file)))
     except UnavailableError as why:
         return str(why)
-    except OSError as error:
-        if chosen:
-            raise HpcpruneError(f"HPCPRUNE_CUDA={chosen}: {error}; unset it, or name a library or off") from None
+    try:
+        return CudaLibrary(file, f"{architecture}: {built} {file}", _load(str(file)))
+    except (OSError, AttributeError) as error:
         return f"cannot load {file} ({error}): delete it and try again"
+
+
+def _load_chosen(file: str) -> ctypes.CDLL:
+    """The library that HPCPRUNE_CUDA names."""
+    try:
+        return _load(file)
+    except OSError as error:
+        raise HpcpruneError(f"HPCPRUNE_CUDA={file}: {error}; unset it, or name a library or off") from None
+    except AttributeError as error:
+        raise HpcpruneError(
+            f"HPCPRUNE_CUDA={file}: it has no function {error.name}, so it is no library of this version's kernels; "
+            "make one with this version of hpcprune (docs/kernels.md), or unset it"
+        ) from None
+
+
+def _load(file: str) -> ctypes.CDLL:
+    code = ctypes.CDLL(file)
+    declare(code)
+    return code
 
 
 def _command(nvcc: Path) -> list[str]:

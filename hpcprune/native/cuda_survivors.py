@@ -54,17 +54,17 @@ class CudaMask:
         self._check(dense, packed)
         launch("update", dense.element_size(), dense, self.weights, self._bits, self._before, packed)
 
-    def zero_pruned(self, dense: Tensor) -> None:
-        """Set what is pruned of a flat tensor to zero."""
-        self._check(dense, None)
-        launch("zero_pruned", dense.element_size(), dense, self.weights, self._bits)
+    def scatter(self, dense: Tensor, packed: Tensor) -> None:
+        """Write packed survivors to their places in a flat tensor, and zeros to all others."""
+        self._check(dense, packed)
+        launch("scatter", dense.element_size(), dense, self.weights, self._bits, self._before, packed)
 
-    def _check(self, dense: Tensor, packed: Tensor | None) -> None:
+    def _check(self, dense: Tensor, packed: Tensor) -> None:
         if dense.shape != (self.weights,) or dense.element_size() not in (2, 4, 8):
             raise MaskError(
                 f"shape {list(dense.shape)} of {dense.dtype}: [{self.weights}] with 2, 4 or 8 bytes each is needed"
             )
-        if packed is not None and (packed.shape != (self.survivors,) or packed.dtype != dense.dtype):
+        if packed.shape != (self.survivors,) or packed.dtype != dense.dtype:
             raise MaskError(
                 f"survivors {list(packed.shape)} of {packed.dtype}: [{self.survivors}] of {dense.dtype} is needed"
             )

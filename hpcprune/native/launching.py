@@ -13,30 +13,11 @@ import torch
 from torch import Tensor
 
 from hpcprune.native.cuda import CudaError, check, library
+from hpcprune.native.cuda_functions import PREFIX
 
 __all__ = ["DEVICE", "ask", "kernels", "launch"]
 
 DEVICE = "cuda"  # where tensors have to be
-
-_integer, _word, _long, _pointer = ctypes.c_int, ctypes.c_int32, ctypes.c_int64, ctypes.c_void_p
-_matrix, _batch = [_long, _long], [_pointer, _long]
-
-# What each function takes; the stream, which comes last, is left out.
-ARGUMENTS: dict[str, list[type]] = {
-    "spmm_csr": [_integer, *_matrix, *[_pointer] * 4, *_batch, *[_pointer] * 3],
-    "sddmm_csr": [_integer, *_matrix, _long, *[_pointer] * 3, *_batch, *[_pointer] * 2],
-    "bitmap": [*_matrix, *[_pointer] * 2, _word, *_batch, *[_pointer] * 2],
-    "block_spmm": [_integer, *_matrix, *[_pointer] * 3, *_batch, *[_pointer] * 2],
-    "block_sddmm": [_integer, *_matrix, *[_pointer] * 2, _long, _pointer, *_batch, _pointer],
-    "survivors_before": [_pointer, _long, _pointer],
-    "gather": [_integer, _pointer, _long, *[_pointer] * 3],
-    "scatter": [_integer, _pointer, _long, *[_pointer] * 3],
-    "update": [_integer, _pointer, _long, *[_pointer] * 3],
-    "zero_pruned": [_integer, _pointer, _long, _pointer],
-    "count_around": [_integer, _integer, _pointer, *[_long] * 4, _pointer, _long, _pointer],
-    "histogram": [_integer, _integer, _pointer, *[_long] * 3, _integer, _long, _pointer],
-    "pack": [_integer, _integer, _pointer, *[_long] * 2, *[_pointer] * 3],
-}
 
 
 @lru_cache(maxsize=64)
@@ -60,7 +41,7 @@ def launch(name: str, *arguments: Tensor | int | None) -> None:
     """Start a kernel.
 
     Args:
-        name: of its function, without `hpcprune_cuda_`.
+        name: of its function, without the prefix.
         arguments: what that takes, without the stream; tensors for pointers, None for null.
 
     Raises:
@@ -72,9 +53,7 @@ def launch(name: str, *arguments: Tensor | int | None) -> None:
     if device.type != DEVICE or not all(each.device == device and each.is_contiguous() for each in tensors):
         raise CudaError(f"{_call(name, arguments)}: a kernel takes contiguous tensors of one {DEVICE} device")
     with torch.cuda.device_of(tensors[0]):  # type: ignore[no-untyped-call]
-        function = getattr(kernels(device), f"hpcprune_cuda_{name}")
-        if function.argtypes is None:
-            function.argtypes = [*ARGUMENTS[name], _pointer]
+        function = getattr(kernels(device), PREFIX + name)
         addresses = (each.data_ptr() if isinstance(each, Tensor) else each for each in arguments)
         status = function(*addresses, stream(device))
     if status:
@@ -83,9 +62,7 @@ def launch(name: str, *arguments: Tensor | int | None) -> None:
 
 def ask(name: str, device: torch.device, kind: int, *sizes: int) -> int:
     """What a function answers that starts nothing: how many bytes of scratch its kernel needs."""
-    function = getattr(kernels(device), f"hpcprune_cuda_{name}")
-    function.restype = ctypes.c_int64
-    return int(function(kind, *map(ctypes.c_int64, sizes)))
+    return int(getattr(kernels(device), PREFIX + name)(kind, *sizes))
 
 
 def _call(name: str, arguments: tuple[Tensor | int | None, ...]) -> str:

@@ -22,9 +22,10 @@ from pathlib import Path
 from hpcprune.errors import HpcpruneError
 from hpcprune.native.compiling import CACHE_VARIABLES, Recipe, UnavailableError, find_or_build, kernel_sources
 
-__all__ = ["BLOCK", "COMPILERS", "Library", "describe", "library", "sources", "threads_or_default"]
+__all__ = ["BLOCK", "CHOICES", "COMPILERS", "Library", "describe", "library", "sources", "threads_or_default"]
 
 PATHS = ("portable", "avx2", "avx512")  # in the order of the numbers that the kernels give them
+CHOICES = ("numpy", *PATHS)
 FLAGS = ("-O3", "-std=c++17", "-ffp-contract=fast", "-shared", "-fPIC", "-pthread")
 COMPILERS = ("g++", "c++", "clang++")
 LONGEST_COMPILE = 180.0  # seconds
@@ -65,9 +66,8 @@ def library() -> Library:
 def _library(environment: tuple[tuple[str, str], ...]) -> Library:
     environ = dict(environment)
     forced = environ.get("HPCPRUNE_NATIVE", "")
-    allowed = ("numpy", *PATHS)
-    if forced and forced not in allowed:
-        raise HpcpruneError(f"HPCPRUNE_NATIVE={forced}: there are {', '.join(allowed)}; unset it to let the CPU decide")
+    if forced and forced not in CHOICES:
+        raise HpcpruneError(f"HPCPRUNE_NATIVE={forced}: there are {', '.join(CHOICES)}; unset it to let the CPU decide")
     if forced == "numpy":
         return Library("numpy", "forced by HPCPRUNE_NATIVE", None)
     try:
@@ -121,7 +121,6 @@ def _load(file: Path) -> ctypes.CDLL:
             ("gather", integer, [integer] * 2 + [pointer, long, pointer, pointer, integer]),
             ("scatter", integer, [integer] * 2 + [pointer, long, pointer, pointer, integer]),
             ("update", integer, [integer] * 2 + [pointer, long, pointer, pointer, integer]),
-            ("zero_pruned", integer, [integer, pointer, long, pointer, integer]),
             ("popcount", long, [pointer, long]),
             ("panels_bytes", long, [pointer, long, long, integer, pointer]),
             ("panels_fill", None, [pointer, long, long, integer, long, pointer, pointer]),

@@ -1,4 +1,4 @@
-"""Survivors by mask bits: taken out of an array, put back into one, counted; and what is pruned set to zero.
+"""Survivors by mask bits: taken out of an array, put back into one, counted.
 
 `bits` are packed masks: bit i of byte j is element 8 j + i, 1 = survives, padding bits 0. A large array may be taken in
 pieces that start at multiples of 8. kernels/survivors does it where there is a compiled library, numpy elsewhere, with
@@ -16,7 +16,7 @@ import numpy.typing as npt
 from hpcprune.errors import HpcpruneError
 from hpcprune.native.library import BLOCK, library, threads_or_default
 
-__all__ = ["MaskError", "gather", "popcount", "scatter", "update", "zero_pruned"]
+__all__ = ["MaskError", "gather", "popcount", "scatter", "update"]
 
 Array = npt.NDArray[Any]
 Bits = npt.NDArray[np.uint8]
@@ -146,21 +146,6 @@ def _with_survivors(
         here = int(np.count_nonzero(kept))
         yield start, stop, kept, survivors[done : done + here]
         done += here
-
-
-def zero_pruned(values: Array, bits: Bits, threads: int | None = None) -> None:
-    """Set the elements of `values` whose bit is 0 to zero, in place (see `gather`; `values` must be contiguous)."""
-    _check_in_place(values)
-    values = _as_elements(values)
-    bits = _check_bits(bits, values.size)
-    code = library().code
-    if code is not None:
-        code.hpcprune_zero_pruned(
-            values.itemsize, values.ctypes.data, values.size, bits.ctypes.data, threads_or_default(threads)
-        )
-        return
-    for start, stop, kept in _blocks(bits, values.size):
-        values[start:stop][~kept] = 0
 
 
 def _blocks(bits: Bits, count: int) -> Iterator[tuple[int, int, npt.NDArray[np.bool_]]]:

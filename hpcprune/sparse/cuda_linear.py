@@ -20,7 +20,7 @@ from hpcprune.packing import survivors_of
 from hpcprune.sparse import bitmap_tiles, bsr, csr
 from hpcprune.sparse.cuda_ops import bitmap_tiles_linear, bsr_linear, csr_linear
 from hpcprune.sparse.kernels import FLOATS, SparseError
-from hpcprune.sparse.operators import autocast
+from hpcprune.sparse.operators import autocast, check_last
 from hpcprune.sparse.patterns import side_of_blocks, two_of_four
 
 __all__ = ["CudaKernel", "CudaLinear", "kernels_to_try"]
@@ -63,7 +63,6 @@ class CudaLinear(nn.Module):
         weight = dense.weight.detach()
         self.rows, self.columns = weight.shape
         self.in_features, self.out_features = dense.in_features, dense.out_features
-        self.dtype = weight.dtype
         self.layout: list[str] = []  # names of the buffers, as the operator wants them
         self.largest = 0
         bias = None if dense.bias is None else dense.bias.detach()
@@ -99,6 +98,11 @@ class CudaLinear(nn.Module):
             self.layout.append(name)
 
     @property
+    def dtype(self) -> torch.dtype:
+        """The weights' own: a bitmap's bytes are bfloat16 whatever the module is cast to."""
+        return self.get_buffer("value").dtype if "value" in self.layout else torch.bfloat16
+
+    @property
     def weight(self) -> Tensor:
         """The dense weight, made anew at each call: for code that reads a layer's weight instead of calling it."""
         some = self.get_buffer(self.layout[0])
@@ -119,6 +123,7 @@ class CudaLinear(nn.Module):
         return product
 
     def forward(self, input: Tensor) -> Tensor:
+        check_last(input, self.columns)
         return self._product(autocast(input, self.dtype), self.bias)
 
     def extra_repr(self) -> str:

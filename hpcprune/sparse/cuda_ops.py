@@ -85,30 +85,12 @@ def _bsr_survivors(
     return _bsr(x, start, column, bsr.refill(order, survivors), bias, rows, columns)
 
 
-def _csr_like(x: Tensor, start: Tensor, *operands: Any) -> Tensor:
-    return x.new_empty(*x.shape[:-1], start.shape[0] - 1)
-
-
-def _csr_sampled_like(x: Tensor, gradient: Tensor, start: Tensor, column: Tensor, columns: int) -> Tensor:
-    return x.new_empty(column.shape[0], dtype=torch.float32)
-
-
-def _csr_survivors_like(x: Tensor, survivors: Tensor, bias: Tensor | None, start: Tensor, *layout: Tensor) -> Tensor:
-    return x.new_empty(*x.shape[:-1], start.shape[0] - 1)
-
-
-def _bitmap_tiles_like(
-    x: Tensor, start: Tensor, groups: Tensor, bias: Tensor | None, rows: int, columns: int, largest: int
-) -> Tensor:
+def _product_like(x: Tensor, rows: int) -> Tensor:
     return x.new_empty(*x.shape[:-1], rows)
 
 
-def _rows_before_columns_like(x: Tensor, *operands: Any) -> Tensor:
-    return x.new_empty(*x.shape[:-1], operands[-2])
-
-
-def _survivors_like(x: Tensor, *operands: Any) -> Tensor:
-    return x.new_empty(operands[-1], dtype=torch.float32)
+def _gradient_like(x: Tensor, survivors: int) -> Tensor:
+    return x.new_empty(survivors, dtype=torch.float32)
 
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -151,41 +133,41 @@ OPERATORS: tuple[Operator, ...] = (
         "csr_linear(Tensor x, Tensor start, Tensor column, Tensor row_order, Tensor value, Tensor? bias, int columns) "
         "-> Tensor",
         _csr,
-        _csr_like,
+        lambda x, start, *_: _product_like(x, start.shape[0] - 1),
     ),
     (
         "csr_sampled(Tensor x, Tensor gradient, Tensor start, Tensor column, int columns) -> Tensor",
         _csr_sampled,
-        _csr_sampled_like,
+        lambda x, gradient, start, column, columns: _gradient_like(x, column.shape[0]),
     ),
     (
         "csr_survivors_linear(Tensor x, Tensor survivors, Tensor? bias, Tensor start, Tensor column, Tensor row_order, "
         "Tensor start_t, Tensor column_t, Tensor row_order_t, Tensor order_t) -> Tensor",
         _csr_survivors,
-        _csr_survivors_like,
+        lambda x, survivors, bias, start, *_: _product_like(x, start.shape[0] - 1),
     ),
     (
         "bitmap_tiles_linear(Tensor x, Tensor start, Tensor groups, Tensor? bias, int rows, int columns, int largest) "
         "-> Tensor",
         _bitmap_tiles,
-        _bitmap_tiles_like,
+        lambda x, start, groups, bias, rows, *_: _product_like(x, rows),
     ),
     (
         "bsr_linear(Tensor x, Tensor start, Tensor column, Tensor value, Tensor? bias, int rows, int columns) "
         "-> Tensor",
         _bsr,
-        _rows_before_columns_like,
+        lambda x, start, column, value, bias, rows, columns: _product_like(x, rows),
     ),
     (
         "bsr_sampled(Tensor x, Tensor gradient, Tensor row, Tensor column, Tensor order, int survivors) -> Tensor",
         _bsr_sampled,
-        _survivors_like,
+        lambda x, *layout: _gradient_like(x, layout[-1]),
     ),
     (
         "bsr_survivors_linear(Tensor x, Tensor survivors, Tensor? bias, Tensor start, Tensor row, Tensor column, "
         "Tensor order, Tensor start_t, Tensor column_t, Tensor order_t, int rows, int columns) -> Tensor",
         _bsr_survivors,
-        _rows_before_columns_like,
+        lambda x, *layout: _product_like(x, layout[-2]),
     ),
 )
 _torch: Any = torch.library  # it has no types

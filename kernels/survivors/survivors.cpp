@@ -1,10 +1,9 @@
 // Survivors between dense storage and a packed vector, by a mask of bits.
 //
-//   gather       packed[j] = dense[i] for the j-th bit i that is 1
-//   scatter      dense[i] = packed[j] where bit i is 1, else 0
-//   update       dense[i] = packed[j] where bit i is 1; the others are not touched
-//   zero_pruned  dense[i] = 0 where bit i is 0
-//   popcount     how many bits are 1
+//   gather    packed[j] = dense[i] for the j-th bit i that is 1
+//   scatter   dense[i] = packed[j] where bit i is 1, else 0
+//   update    dense[i] = packed[j] where bit i is 1; the others are not touched
+//   popcount  how many bits are 1
 //
 // Elements are 2, 4 or 8 bytes and are moved as they are: what number they stand for does not matter here. Bit i of
 // byte j stands for element 8 j + i; bits beyond the last element must be 0 (the caller has checked it).
@@ -61,19 +60,6 @@ void scatter(Element* dense, const uint8_t* bits, int64_t start, int64_t stop, c
     }
     if (CLEAR) std::memset(dense + i, 0, here * sizeof(Element));
     for (; left; left &= left - 1) dense[i + __builtin_ctzll(left)] = *packed++;
-  }
-}
-
-template <class Element>
-void zero_pruned(Element* dense, const uint8_t* bits, int64_t start, int64_t stop) {
-  for (int64_t i = start; i < stop; i += 64) {
-    const int64_t here = std::min<int64_t>(64, stop - i);
-    const uint64_t ones = word(bits, i, stop);
-    if (ones == 0) {
-      std::memset(dense + i, 0, here * sizeof(Element));
-      continue;
-    }
-    for (int64_t j = 0; j < here; ++j) dense[i + j] = ones >> j & 1 ? dense[i + j] : Element(0);
   }
 }
 
@@ -232,16 +218,6 @@ void scatter_all([[maybe_unused]] int path, void* dense, int64_t length, const u
   });
 }
 
-template <class Element>
-void zero_all(void* dense, int64_t length, const uint8_t* bits, int threads) {
-  const auto runs = cut(&length, 1, threads);
-  in_threads(runs.size(), [&](int64_t run) {
-    for (const Slice& slice : runs[run]) {
-      zero_pruned(static_cast<Element*>(dense), bits, slice.start, slice.stop);
-    }
-  });
-}
-
 }  // namespace
 }  // namespace hpcprune
 
@@ -277,15 +253,6 @@ int hpcprune_update(int path, int size, void* dense, int64_t length, const uint8
     case 2: scatter_all<false, uint16_t>(path, dense, length, bits, packed, threads); return 0;
     case 4: scatter_all<false, uint32_t>(path, dense, length, bits, packed, threads); return 0;
     case 8: scatter_all<false, uint64_t>(path, dense, length, bits, packed, threads); return 0;
-    default: return 1;
-  }
-}
-
-int hpcprune_zero_pruned(int size, void* dense, int64_t length, const uint8_t* bits, int threads) {
-  switch (size) {
-    case 2: zero_all<uint16_t>(dense, length, bits, threads); return 0;
-    case 4: zero_all<uint32_t>(dense, length, bits, threads); return 0;
-    case 8: zero_all<uint64_t>(dense, length, bits, threads); return 0;
     default: return 1;
   }
 }

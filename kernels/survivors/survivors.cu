@@ -4,7 +4,6 @@
 //   gather            packed[j] = dense[i] for the j-th bit i that is 1
 //   scatter           dense[i] = packed[j] where bit i is 1, else 0
 //   update            dense[i] = packed[j] where bit i is 1; the others are not touched
-//   zero_pruned       dense[i] = 0 where bit i is 0
 //
 // A mask stays for many steps, so where each tile's survivors begin is found once and kept by the caller: a warp counts
 // each tile, then a block scans the counts. With it a warp needs to know nothing of the others. It holds its tile's
@@ -134,29 +133,6 @@ __global__ void __launch_bounds__(WARP* WARPS)
   }
 }
 
-template <int COUNT, class Element>
-__global__ void __launch_bounds__(WARP* WARPS)
-    zero_pruned(Element* __restrict__ dense, int64_t length, const uint8_t* __restrict__ bits, int64_t tiles) {
-  const int64_t tile = own_tile();
-  if (tile >= tiles) return;
-  const MaskTile<COUNT> mask(bits, tile * TILE, length);
-  const int64_t left = length - tile * TILE;
-  dense += tile * TILE;
-#pragma unroll
-  for (int step = 0; step < mask.STEPS; ++step) {
-    int unused;
-    const uint32_t ones = mask.at(step, &unused);
-    const int element = mask.element(step);
-    if (ones == 0 && element + COUNT <= left) {
-      store(Pack<Element, COUNT>{}, dense + element);
-      continue;
-    }
-#pragma unroll
-    for (int i = 0; i < COUNT; ++i)
-      if (element + i < left && !(ones >> i & 1)) dense[element + i] = Element(0);
-  }
-}
-
 // Calls work(Element's zero, how many neighbours a lane takes: as `dense` allows) where there is anything to do.
 template <class Element, class Work>
 int with_alignment(const void* dense, int64_t length, const Work& work) {
@@ -230,14 +206,4 @@ EXPORT int hpcprune_cuda_scatter(int size, void* dense, int64_t length, const ui
 EXPORT int hpcprune_cuda_update(int size, void* dense, int64_t length, const uint8_t* bits, const int64_t* before,
                                 const void* packed, void* stream) {
   return scatter_all<false>(size, dense, length, bits, before, packed, stream);
-}
-
-EXPORT int hpcprune_cuda_zero_pruned(int size, void* dense, int64_t length, const uint8_t* bits, void* stream) {
-  const int64_t tiles = tiles_of(length);
-  return with_element(size, dense, length, [&](auto zero, auto together) {
-    using Element = decltype(zero);
-    constexpr int COUNT = decltype(together)::value;
-    LAUNCH((zero_pruned<COUNT, Element>), blocks_for(tiles), WARP * WARPS, 0, static_cast<cudaStream_t>(stream),
-           static_cast<Element*>(dense), length, bits, tiles);
-  });
 }

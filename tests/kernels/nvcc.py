@@ -36,6 +36,7 @@ __all__ = [
     "needs_disassembler",
     "needs_nvcc",
     "record",
+    "resident",
 ]
 
 NVCC, DISASSEMBLER = (find_tool(tool, os.environ) for tool in ("nvcc", "nvdisasm"))
@@ -73,6 +74,12 @@ class Launch:
     shared: int
     stream: int
     wrong: str
+
+
+# Of a multiprocessor of each architecture, as CUDA's occupancy calculator has it.
+SHARED = {"sm_80": 164 << 10, "sm_90": 228 << 10, "sm_100": 228 << 10}  # bytes
+REGISTERS, WARPS, BLOCKS = 64 << 10, 64, 32
+SCHEDULERS = 4  # to which registers and warps belong
 
 
 @lru_cache(maxsize=1)
@@ -129,6 +136,16 @@ def _bounds(ptx: str) -> dict[str, tuple[int | None, int | None]]:
         product = prod(int(size or 1) for size in threads.groups()) if threads else None
         bounds[head.partition("(")[0].strip()] = (product, int(blocks[1]) if blocks else None)
     return bounds
+
+
+@lru_cache(maxsize=1 << 16)
+def resident(kernel: Kernel, threads: int, shared: int, architecture: str) -> int:
+    """How many blocks of a launch a multiprocessor holds at once; `shared`: bytes that the launch adds."""
+    warps = -(-threads // 32)
+    of_a_warp = -(-kernel.registers * 32 // 256) * 256
+    by_registers = REGISTERS // SCHEDULERS // of_a_warp * SCHEDULERS // warps
+    of_a_block = 1024 + -(-(kernel.shared + shared) // 128) * 128  # the system takes the first kilobyte
+    return min(BLOCKS, WARPS // warps, by_registers, SHARED[architecture] // of_a_block)
 
 
 @lru_cache(maxsize=64)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -22,7 +23,7 @@ needs_nvcc = pytest.mark.skipif(find_nvcc(os.environ) is None, reason="no nvcc i
 
 @pytest.fixture
 def package(tmp_path: Path) -> Path:
-    """A folder with hpcprune installed in it whose only kernels are those of planted.cu."""
+    """A folder with hpcprune installed in it whose only kernels are those of planted.cu, of which it knows two."""
     package = tmp_path / "site" / "hpcprune"
     package.mkdir(parents=True)
     (package / "__init__.py").write_text("")
@@ -34,6 +35,14 @@ def package(tmp_path: Path) -> Path:
     shutil.copy(ROOT / "kernels/cuda.h", kernels)
     source = KERNEL.read_text()
     (kernels / "planted" / "planted.cu").write_text(source.replace("../../kernels/cuda.h", "../cuda.h"))
+    table = package / "native/cuda_functions.py"
+    head, _, rest = table.read_text().partition("FUNCTIONS: ")
+    planted = """FUNCTIONS = {
+    "turn_pairs": (_status, [_integer, *[_pointer] * 3]),
+    "sum_blocks": (_status, [_integer, _long, *[_pointer] * 3]),
+}
+"""
+    table.write_text(head + planted + rest[rest.index("\n\ndef ") :])
     return package.parent
 
 
@@ -53,6 +62,9 @@ def script(file: Path, text: str) -> Path:
 
 
 DESCRIBE = "print(describe('sm_90'))"
+# What docs/kernels.md has users call where nvcc is and no GPU, here for the architecture that tests have compiled.
+[COMMAND] = re.findall(r'python -c "(.*library\(.*)"\n', (ROOT / "docs/kernels.md").read_text())
+LOGIN_NODE = COMMAND.replace("sm_90", "sm_80")
 
 
 @needs_nvcc
@@ -77,6 +89,7 @@ print(describe("sm_80"))
     file = described.split()[3].rstrip(";")
     assert "sm_80: cached in" in in_process(package, "print(describe('sm_80'))", HPCPRUNE_CACHE=cache)
     assert "sm_80: cached in" in in_process(package, "print(describe('sm_80'))", HPCPRUNE_CACHE=cache, PATH="/nowhere")
+    assert in_process(package, LOGIN_NODE, HPCPRUNE_CACHE=cache).strip() == file
     chosen = in_process(package, "print(describe())", HPCPRUNE_CUDA=file)
     assert chosen.startswith(f"{file}: chosen by HPCPRUNE_CUDA"), chosen
 
@@ -125,9 +138,25 @@ def test_the_architecture_is_that_of_torchs_gpu(monkeypatch: pytest.MonkeyPatch)
 def test_the_variable_turns_kernels_off_or_names_a_library(package: Path, tmp_path: Path) -> None:
     off = in_process(package, "print(describe())", HPCPRUNE_CUDA="off")
     assert off.startswith("none: turned off by HPCPRUNE_CUDA=off"), off
-    wrong = "\ntry: library()\nexcept Exception as error: print(type(error).__name__, error)"
-    told = in_process(package, wrong, HPCPRUNE_CUDA=str(tmp_path / "none.so"))
-    assert told.startswith(f"HpcpruneError HPCPRUNE_CUDA={tmp_path}/none.so: "), told
+    missing = in_process(package, REFUSED, HPCPRUNE_CUDA=str(tmp_path / "none.so"))
+    assert missing.startswith(f"HpcpruneError HPCPRUNE_CUDA={tmp_path}/none.so: "), missing
+
+
+REFUSED = "\ntry: library()\nexcept Exception as error: print(type(error).__name__, error)\nprint(describe())"
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="no g++")
+def test_a_file_without_our_functions_is_refused_with_what_it_lacks(package: Path, tmp_path: Path) -> None:
+    for name, has in (("other", ""), ("older", 'extern "C" int hpcprune_cuda_turn_pairs() { return 0; }')):
+        source, file = tmp_path / f"{name}.cpp", tmp_path / f"{name}.so"
+        source.write_text(has)
+        subprocess.run(["g++", "-shared", "-fPIC", source, "-o", file], check=True)
+        raised, described = in_process(package, REFUSED, HPCPRUNE_CUDA=str(file)).splitlines()
+        lacks = "sum_blocks" if has else "turn_pairs"
+        told = f"HPCPRUNE_CUDA={file}: it has no function hpcprune_cuda_{lacks}, so it is no library of this version's"
+        assert raised.startswith(f"HpcpruneError {told}"), raised
+        assert raised.endswith("make one with this version of hpcprune (docs/kernels.md), or unset it"), raised
+        assert described.startswith(f"none: {told}"), described
 
 
 def test_an_error_names_the_kernel_and_its_shapes() -> None:

@@ -14,7 +14,7 @@ from hpcprune.masks import Masks
 from hpcprune.native import launching
 from hpcprune.native.cuda import UnavailableError
 from hpcprune.sparse import choose, sparsify
-from hpcprune.sparse.cuda_linear import CudaLinear, kernels_to_try
+from hpcprune.sparse.cuda_linear import CudaKernel, CudaLinear, kernels_to_try
 from hpcprune.sparse.kernels import SparseError
 from hpcprune.sparse.modules import sparse_module
 
@@ -106,6 +106,28 @@ def test_autocast_casts_inputs(device: torch.device) -> None:
         torch.testing.assert_close(sparse(x), dense(x), rtol=2e-2, atol=2e-2)
     with torch.autocast(device.type, dtype=torch.float16):
         assert sparse(x).dtype == torch.float32
+
+
+@pytest.mark.parametrize("kernel,law", [("csr", "any"), ("bitmap_tiles", "any"), ("bsr", "blocks")])
+@torch.no_grad()
+def test_inputs_of_another_width_are_refused(device: torch.device, kernel: CudaKernel, law: str) -> None:
+    dense, bits = layer_of(device, HALF, law)
+    sparse = CudaLinear(dense, bits, kernel)
+    for x in (torch.zeros(COLUMNS, 3, device=device, dtype=HALF), torch.zeros((), device=device, dtype=HALF)):
+        with pytest.raises(
+            SparseError, match=rf"the input is .*; a layer of {COLUMNS} inputs takes \[\.\.\., {COLUMNS}\]"
+        ):
+            sparse(x)
+
+
+@torch.no_grad()
+def test_a_layer_that_is_cast_has_the_dtype_of_its_weights(device: torch.device) -> None:
+    dense, bits = layer_of(device, torch.float32, "any")
+    sparse = CudaLinear(dense, bits, "csr").to(HALF)
+    assert sparse.dtype == sparse.weight.dtype == HALF
+    assert torch.equal(sparse.weight, dense.to(HALF).weight)
+    tiles = CudaLinear(dense, bits, "bitmap_tiles").float()
+    assert tiles.dtype == tiles.weight.dtype == HALF  # its bytes stay as they are
 
 
 def stack(device: torch.device) -> tuple[nn.Sequential, Masks, Tensor]:

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 import hpcprune
 from hpcprune.sparse import training
@@ -14,16 +14,31 @@ from hpcprune.sparse.training import faster_layers
 from tests.test_sparse_training import NAMES, Single, both, told, weights
 
 
+class There(Single):
+    """The same task with its model on a device, to which a training takes its batches."""
+
+    def __init__(self, device: torch.device) -> None:
+        super().__init__()
+        self.device = device
+
+    def model(self) -> nn.Module:
+        return super().model().to(self.device)
+
+
+@pytest.fixture
+def task(device: torch.device) -> There:
+    return There(device)
+
+
 @pytest.fixture
 def products(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> list[torch.dtype]:
-    """The dtypes of what CSR products gave."""
-    if device.type == "cuda":
-        pytest.skip("the task of these tests trains on the CPU")
+    """The dtypes of what CSR products gave, all of them on the device."""
     found: list[torch.dtype] = []
     own = training.csr_survivors_linear
 
     def counted(*arguments: Any) -> Tensor:
         product: Tensor = own(*arguments)
+        assert all(each.device == device for each in arguments if isinstance(each, Tensor))
         found.append(product.dtype)
         return product
 
@@ -31,8 +46,8 @@ def products(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> list[torc
     return found
 
 
-def test_steps_are_those_of_dense_layers(products: list[torch.dtype]) -> None:
-    ours, theirs = both(Single(), NAMES)
+def test_steps_are_those_of_dense_layers(task: There, products: list[torch.dtype]) -> None:
+    ours, theirs = both(task, NAMES)
     for number in range(5):
         own, other = (begun.trainer.step(number, False) for begun in (ours, theirs))
         assert own.loss == pytest.approx(other.loss, rel=1e-4)
@@ -42,8 +57,8 @@ def test_steps_are_those_of_dense_layers(products: list[torch.dtype]) -> None:
     assert products == 2 * 5 * [torch.float32]
 
 
-def test_autocast_computes_in_bfloat16(products: list[torch.dtype]) -> None:
-    ours, theirs = both(Single(), NAMES, autocast=True)
+def test_autocast_computes_in_bfloat16(task: There, products: list[torch.dtype]) -> None:
+    ours, theirs = both(task, NAMES, autocast=True)
     for number in range(3):
         own, other = (begun.trainer.step(number, False) for begun in (ours, theirs))
         assert own.loss == pytest.approx(other.loss, rel=2e-2)
@@ -51,10 +66,10 @@ def test_autocast_computes_in_bfloat16(products: list[torch.dtype]) -> None:
 
 
 def test_layers_that_are_faster_by_themselves_are_found(
-    products: list[torch.dtype], monkeypatch: pytest.MonkeyPatch
+    task: There, products: list[torch.dtype], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    model = Single().model()
+    model = task.model()
     masks = hpcprune.prune(model, 0.7)
     told(monkeypatch, (1.0, 0.95), (1.0, 0.5))
-    assert faster_layers(model, masks, lambda: model(torch.randn(3, 6))) == ["2.weight"]
+    assert faster_layers(model, masks, lambda: model(torch.randn(3, 6, device=task.device))) == ["2.weight"]
     assert len(products) == 2

@@ -6,10 +6,13 @@ import os
 import shutil
 import subprocess
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
+import torch
 
+from hpcprune import run
 from hpcprune.errors import HpcpruneError
 from hpcprune.native.library import describe, library
 
@@ -111,3 +114,17 @@ def test_a_path_that_there_is_not_is_refused(tmp_path: Path, monkeypatch: pytest
     monkeypatch.setenv("HPCPRUNE_CACHE", str(tmp_path))
     with pytest.raises(HpcpruneError, match=r"HPCPRUNE_NATIVE=portable: no C\+\+ compiler"):
         library()
+
+
+def test_a_run_says_which_kernels_it_has_why_and_what_chooses_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HPCPRUNE_NATIVE", "numpy")
+    on_the_cpu = "kernels numpy: forced by HPCPRUNE_NATIVE; HPCPRUNE_NATIVE=numpy|portable|avx2|avx512 forces others"
+    assert run._kernels(torch.device("cpu")) == on_the_cpu
+    monkeypatch.setenv("HPCPRUNE_CUDA", "off")
+    asked = []
+    monkeypatch.setattr(torch.cuda, "device", lambda device: asked.append(device) or nullcontext())
+    assert run._kernels(torch.device("cuda", 1)) == (
+        f"{on_the_cpu}; on the GPU none: turned off by HPCPRUNE_CUDA=off; HPCPRUNE_CUDA=off takes none, "
+        "HPCPRUNE_CUDA=FILE another one"
+    )
+    assert asked == [torch.device("cuda", 1)]

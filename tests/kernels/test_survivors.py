@@ -1,4 +1,4 @@
-"""Gather, scatter, zeroing and popcount: every path gives the bits of numpy's boolean indexing."""
+"""Gather, scatter, update and popcount: every path gives the bits of numpy's boolean indexing."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from hpcprune.native.survivors import MaskError, gather, popcount, scatter, update, zero_pruned
+from hpcprune.native.survivors import MaskError, gather, popcount, scatter, update
 
 ELEMENTS = (np.float64, np.float32, np.float16, np.uint16)
 
@@ -19,14 +19,12 @@ def random_bits(seed: int, count: int, density: float) -> tuple[np.ndarray, np.n
 
 @pytest.mark.parametrize("element", ELEMENTS)
 @pytest.mark.parametrize("density", [0.0, 0.03, 0.5, 0.97, 1.0])
-def test_gather_scatter_and_zero_agree_with_boolean_indexing(path: str, element: Any, density: float) -> None:
+def test_gather_and_scatter_agree_with_boolean_indexing(path: str, element: Any, density: float) -> None:
     for count in (0, 1, 7, 8, 63, 64, 65, 200, 1000):
         kept, bits = random_bits(count, count, density)
         values = np.random.default_rng(1).integers(1, 255, count * np.dtype(element).itemsize, np.uint8).view(element)
         survivors = gather(values, bits)
         dense = scatter(survivors, bits, count)
-        zeroed = values.copy()
-        zero_pruned(zeroed, bits)
         updated = ~values.view(f"u{values.itemsize}")
         others = updated[~kept].copy()
         update(updated, bits, survivors.view(updated.dtype))
@@ -36,7 +34,7 @@ def test_gather_scatter_and_zero_agree_with_boolean_indexing(path: str, element:
         expected = np.where(kept, values.view(f"u{values.itemsize}"), 0)
         assert survivors.dtype == element and dense.dtype == element
         assert survivors.tobytes() == values[kept].tobytes()
-        assert dense.tobytes() == expected.tobytes() == zeroed.tobytes()
+        assert dense.tobytes() == expected.tobytes()
         assert popcount(bits) == np.count_nonzero(kept)
 
 
@@ -51,8 +49,6 @@ def test_threads_share_a_large_array(path: str, element: Any) -> None:
     target = np.full(count, 5, element)
     update(target, bits, survivors, threads=3)
     assert target.tobytes() == np.where(kept, values, element(5)).tobytes()
-    zero_pruned(values, bits, threads=3)
-    assert not values[~kept].any() and values[kept].tobytes() == survivors.tobytes()
 
 
 def test_slices_at_multiples_of_eight_are_the_whole(path: str) -> None:
@@ -65,9 +61,9 @@ def test_slices_at_multiples_of_eight_are_the_whole(path: str) -> None:
 def test_nothing_is_written_beyond_the_ends(path: str) -> None:
     kept, bits = random_bits(9, 203, 0.6)
     memory = np.full(300, 7, np.float32)
-    zero_pruned(memory[10:213], bits)
+    update(memory[10:213], bits, np.full(kept.sum(), 5, np.float32))
     assert (memory[:10] == 7).all() and (memory[213:] == 7).all()
-    assert np.array_equal(memory[10:213], np.where(kept, 7, 0))
+    assert np.array_equal(memory[10:213], np.where(kept, 5, 7))
 
 
 def test_counts_that_disagree_are_refused(path: str) -> None:
@@ -87,8 +83,8 @@ def test_counts_that_disagree_are_refused(path: str) -> None:
     with pytest.raises(MaskError, match="1-D array of 2, 4 or 8 bytes"):
         gather(np.ones(10, np.int8), bits)
     with pytest.raises(MaskError, match="1-D array of 2, 4 or 8 bytes"):
-        zero_pruned(np.ones((2, 5), np.float32), bits)
+        update(np.ones((2, 5), np.float32), bits, values)
     with pytest.raises(MaskError, match="not contiguous"):
-        zero_pruned(np.ones(20, np.float32)[::2], bits)
+        update(np.ones(20, np.float32)[::2], bits, values)
     with pytest.raises(MaskError, match="uint8"):
         popcount(bits.astype(np.int64))

@@ -42,11 +42,6 @@ class Cuda:
         assert (memory[:GUARD] == 0x5A).all() and (memory[-GUARD:] == 0x5A).all()
         return target
 
-    def zero_pruned(self, dense: Array) -> Array:
-        memory = self.placed(dense)
-        launch(self.code, "zero_pruned", dense.itemsize, memory, self.length, self.bits)
-        return memory
-
 
 def mask(length: int, density: float) -> Array:
     return np.packbits(np.random.default_rng(length).random(length) < density, bitorder="little")
@@ -64,11 +59,9 @@ def agree(bits: Array, length: int, element: Any, offset: int = 0) -> None:
     assert cuda.before[-1] == cpu.popcount(bits)
     assert np.array_equal(cuda.call("gather", np.zeros_like(packed), dense), packed)
     assert np.array_equal(cuda.call("scatter", ~dense, packed), cpu.scatter(packed, bits, length))
-    updated, zeroed = ~dense, dense.copy()
+    updated = ~dense
     cpu.update(updated, bits, packed)
     assert np.array_equal(cuda.call("update", ~dense, packed), updated)
-    cpu.zero_pruned(zeroed, bits)
-    assert np.array_equal(cuda.zero_pruned(dense), zeroed)
 
 
 @pytest.mark.parametrize("element", ELEMENTS.values(), ids=ELEMENTS)
@@ -129,4 +122,3 @@ def test_other_elements_are_refused() -> None:
     bits = address(cuda.bits)
     for function in ("gather", "scatter", "update"):
         assert getattr(cuda.code, f"hpcprune_cuda_{function}")(1, memory, 10, bits, memory, memory, None) == 1
-    assert cuda.code.hpcprune_cuda_zero_pruned(1, memory, 10, bits, None) == 1
