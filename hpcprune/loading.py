@@ -39,7 +39,8 @@ def load(
         sparse: "auto" replaces the layers that are faster sparse by such, as measured here and now (`sparsify`); memory
             for their weights falls with their density.
         infer: runs the model as it will be used, `lambda model: model(batch)`, so that layers are timed on what they
-            will be given. Without it Linear layers are timed with `samples` rows.
+            will be given, and the model as a whole after them. Without it Linear layers alone are timed, with `samples`
+            rows each: convolutions stay dense, and that the whole has become faster is not made sure of.
 
     Raises:
         HpcpruneError: there is no such file, it is damaged, does not fit the model, or there is no model.

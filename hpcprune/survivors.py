@@ -50,6 +50,10 @@ class Segment:
     def dtype(self) -> torch.dtype:
         return self.parameter.dtype
 
+    def unpack(self, weights: Tensor) -> None:
+        """Write its part of the packed vector to the dense parameter; pruned weights are not touched."""
+        self.packing.scatter(weights.detach(), self.parameter.data.view(-1))
+
 
 class Survivors:
     """The packed trainable weights of a model under masks.
@@ -199,7 +203,7 @@ class Survivors:
         """
         for segment in self:
             if not segment.packing.whole and (everything or segment.leaf is None):
-                segment.packing.scatter(self.weights(segment), segment.parameter.data.view(-1))
+                segment.unpack(self.weights(segment))
 
 
 def _packing(name: str, parameter: nn.Parameter, masks: Masks | None, packing: bool) -> Packing:

@@ -469,6 +469,19 @@ def test_how_each_layer_runs_is_said_with_both_times(tmp_path: Path) -> None:
     assert "but the network as a whole was not, so all run dense" in text_of(page(report, tmp_path))
 
 
+def test_why_no_layer_was_tried_sparse_is_said(tmp_path: Path) -> None:
+    report = sample()
+    report["costs"]["pruned"]["seconds_per_sample"] = report["costs"]["dense"]["seconds_per_sample"]
+    assert "No layer was tried" not in text_of(page(report, tmp_path))
+    report["inference"]["sparse"]["reason"] = "no compiler; see <doctor>"
+    whys = {finding.what: finding.why for finding in findings(report)}
+    assert whys["time a sample"] == "No layer was tried sparse: no compiler; see <doctor>."
+    text = text_of(page(report, tmp_path))
+    assert text.count("No layer was tried sparse: no compiler; see <doctor>.") == 2, "in the findings and below layers"
+    report["inference"]["sparse"] = None  # the job did not want it
+    assert "the table of layers says" in {finding.what: finding.why for finding in findings(report)}["time a sample"]
+
+
 def test_what_fell_by_less_than_the_weights_is_said() -> None:
     report = sample()
     name = "FLOPs a sample, by less than the weights"

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Iterator
 from typing import Any, get_args
 
 import pytest
@@ -12,11 +10,10 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 import hpcprune
-from hpcprune.layers import find_layers
 from hpcprune.masks import Masks
-from hpcprune.sparse import SparseConv2d, SparseLinear, choose, sparsify
-from hpcprune.sparse.held import Kernel, fit, hold
-from hpcprune.sparse.kernels import SparseError, kernels
+from hpcprune.sparse import SparseConv2d, SparseLinear
+from hpcprune.sparse.held import Kernel, hold
+from hpcprune.sparse.kernels import SparseError
 from hpcprune.sparse.modules import sparse_module
 from hpcprune.sparse.ops import panels_linear, survivors_linear
 from hpcprune.sparse.panels import lay_out
@@ -233,173 +230,3 @@ def test_what_has_no_counterpart_stays(layer: nn.Module) -> None:
     model = nn.Sequential(layer)
     masks = prune_to(model)
     assert sparse_module(layer, masks.bits("0.weight")) is None
-
-
-# The choice
-
-
-def stack(width: int = 256, layers: int = 2) -> nn.Sequential:
-    torch.manual_seed(1)
-    return nn.Sequential(*(nn.Sequential(nn.Linear(width, width), nn.ReLU()) for _ in range(layers)))
-
-
-@pytest.fixture
-def one_thread() -> Iterator[None]:
-    """Threads that wait for each other tell little about speed on a machine that does other things too."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
-@torch.no_grad()
-def test_layers_are_timed_under_the_autocast_that_they_run_under(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(choose, "time_in_turns", lambda first, second: (first(), second(), (1.0, 0.5))[2])
-    model, x = stack(64), torch.randn(4, 64)
-    model[0].eval()
-    dense = copy.deepcopy(model)
-
-    def infer() -> Tensor:
-        with torch.autocast("cpu", torch.bfloat16):
-            return model(x)
-
-    assert [choice.kernel for choice in sparsify(model, prune_to(dense), infer).layers] == ["panels", "panels"]
-    assert model.training and not model[0].training
-    with torch.autocast("cpu", torch.bfloat16):
-        expected = dense(x)
-    torch.testing.assert_close(infer(), expected, rtol=3e-2, atol=3e-2)
-
-
-def test_an_inference_that_fails_leaves_the_model_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
-    model = stack(64).train()
-    monkeypatch.setattr(choose, "_time_layer", lambda dense, sparse, calls: (1.0, 0.5))
-    calls = iter(range(2))
-
-    def infer() -> Tensor:
-        if next(calls):
-            raise KeyboardInterrupt
-        return model(torch.randn(4, 64))
-
-    masks = prune_to(model)
-    with pytest.raises(KeyboardInterrupt):
-        sparsify(model, masks, infer)
-    assert all(type(model[i][0]) is nn.Linear and model[i][0].training for i in range(2))
-
-
-@torch.no_grad()
-def test_what_is_faster_is_replaced_and_computes_the_same(one_thread: None) -> None:
-    model, x = stack(1024), torch.randn(64, 1024)
-    masks = prune_to(model, 0.98)
-    dense = copy.deepcopy(model).train()
-    found = sparsify(dense, masks, lambda: dense(x))
-    assert [choice.name for choice in found.layers] == ["0.0", "1.0"]
-    assert all(choice.kernel == "panels" and choice.sparse_seconds < choice.dense_seconds for choice in found.layers)
-    assert all(choice.calls == ((64, 1024),) for choice in found.layers)
-    assert found.layers[0].sparsity == pytest.approx(1 - masks.densities["0.0.weight"])
-    assert not found.undone and found.sparse_seconds < found.dense_seconds  # type: ignore[operator]
-    assert isinstance(dense[0][0], SparseLinear) and dense.training
-    torch.testing.assert_close(dense(x), model(x), rtol=1e-5, atol=1e-5)
-
-
-def seconds(monkeypatch: pytest.MonkeyPatch, *pairs: tuple[float, float]) -> None:
-    """The clock says this, of dense and sparse, one call after the other."""
-    told = iter(pairs)
-    monkeypatch.setattr(choose, "time_in_turns", lambda first, second: next(told))
-
-
-def test_what_is_slower_stays_dense(monkeypatch: pytest.MonkeyPatch) -> None:
-    model, x = stack(), torch.randn(20, 256)
-    first = model[0][0]
-    seconds(monkeypatch, (1.0, 1.0), (1.0, 0.5), (2.0, 1.5))
-    found = sparsify(model, prune_to(model), lambda: model(x))
-    assert [choice.kernel for choice in found.layers] == ["dense", "panels"]
-    assert model[0][0] is first and isinstance(model[1][0], SparseLinear)
-    assert (found.dense_seconds, found.sparse_seconds, found.undone) == (2.0, 1.5, False)
-
-
-def test_all_is_undone_where_the_model_is_not_faster(monkeypatch: pytest.MonkeyPatch) -> None:
-    model, x = stack(), torch.randn(20, 256)
-    before = [*model.modules()]
-    seconds(monkeypatch, (1.0, 0.5), (1.0, 0.5), (2.0, 2.0))
-    found = sparsify(model, prune_to(model), lambda: model(x))
-    assert found.undone and all(choice.kernel == "panels" for choice in found.layers)
-    assert all(own is old for own, old in zip(model.modules(), before, strict=True))
-
-
-def test_without_an_inference_linear_layers_are_tried_with_so_many_rows(monkeypatch: pytest.MonkeyPatch) -> None:
-    model = nn.Sequential(nn.Linear(64, 64), nn.Conv2d(8, 8, 1))
-    seconds(monkeypatch, (1.0, 0.5), (1.0, 0.6))
-    found = sparsify(model, prune_to(model), samples=7)
-    assert [(choice.name, choice.calls) for choice in found.layers] == [("0", ((7, 64),))]
-    assert found.dense_seconds is None and isinstance(model[0], SparseLinear)
-
-
-@pytest.mark.parametrize(("rows", "expected"), [(8, "bitmap"), (9, "panels")])
-def test_a_bitmap_is_tried_for_few_samples(monkeypatch: pytest.MonkeyPatch, rows: int, expected: str) -> None:
-    model = nn.Sequential(nn.Linear(64, 64))
-    seconds(monkeypatch, (1.0, 0.5), (1.0, 0.4))
-    found = sparsify(model, prune_to(model), samples=rows)
-    assert found.layers[0].kernel == expected and model[0].kernel == expected
-    assert found.layers[0].sparse_seconds == (0.4 if expected == "bitmap" else 0.5)
-
-
-@pytest.mark.parametrize("rows", [1, 200])
-@pytest.mark.parametrize("kernel", KERNELS)
-def test_kernels_are_tried_where_the_mask_is_made_for_them(kernel: Kernel, rows: int) -> None:
-    expected = {"panels", kernel, "bitmap"} if rows == 1 else {"panels", kernel} - {"bitmap"}
-    assert set(fit(bits_of(mask_for(kernel, 128, 256)), 128, 256, rows)) == expected
-
-
-@pytest.mark.parametrize("kernel", ["blocks", "two_of_four"])
-def test_the_kernel_of_a_pattern_is_chosen_where_it_is_the_fastest(
-    monkeypatch: pytest.MonkeyPatch, kernel: Kernel
-) -> None:
-    model = nn.Sequential(nn.Linear(256, 128))
-    masks = Masks(find_layers(model), [bits_of(mask_for(kernel, 128, 256))])
-    seconds(monkeypatch, (1.0, 0.5), (1.0, 0.4))
-    found = sparsify(model, masks, samples=20)
-    assert found.layers[0].kernel == kernel and model[0].kernel == kernel
-
-
-def test_what_the_model_does_not_call_stays_dense() -> None:
-    """As the layers of an encoder whose weights torch reads in one fused step."""
-
-    class Reads(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.read, self.called = nn.Linear(8, 8), nn.Linear(8, 8)
-
-        def forward(self, x: Tensor) -> Tensor:
-            return self.called(x) @ self.read.weight
-
-    model, x = Reads(), torch.randn(3, 8)
-    assert [choice.name for choice in sparsify(model, prune_to(model), lambda: model(x)).layers] == ["called"]
-
-
-@torch.no_grad()
-def test_a_transformer_goes_on_working(monkeypatch: pytest.MonkeyPatch) -> None:
-    model, x = nn.TransformerEncoderLayer(32, 4, 64, batch_first=True).eval(), torch.randn(2, 7, 32)
-    masks = prune_to(model)
-    expected = model(x)
-    monkeypatch.setattr(choose, "time_in_turns", lambda first, second: (second(), (1.0, 0.5))[1])
-    found = sparsify(model, masks, lambda: model(x))
-    torch.testing.assert_close(model(x), expected, rtol=1e-4, atol=1e-5)
-    assert [choice.name for choice in found.layers] == ["linear1", "linear2"]
-
-
-def test_a_layer_that_is_called_twice_is_timed_in_both_shapes() -> None:
-    layer = nn.Linear(8, 8)
-    model = nn.ModuleDict({"own": layer})
-    found = sparsify(model, prune_to(model), lambda: (layer(torch.ones(2, 8)), layer(torch.ones(5, 8))))
-    assert found.layers[0].calls == ((2, 8), (5, 8))
-
-
-def test_nothing_is_replaced_where_nothing_is_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("HPCPRUNE_NATIVE", "numpy")
-    kernels.cache_clear()
-    model = stack()
-    found = sparsify(model, prune_to(model), samples=1)
-    monkeypatch.undo()
-    kernels.cache_clear()
-    assert found.reason == "sparse products need the compiled kernels: forced by HPCPRUNE_NATIVE"
-    assert not found.layers and isinstance(model[0][0], nn.Linear)

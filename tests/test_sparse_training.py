@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import io
 from collections.abc import Callable
 from typing import Any
 
@@ -82,9 +83,57 @@ def test_the_dense_weights_are_up_to_date_when_they_are_looked_at() -> None:
     x = torch.randn(3, 6)
     closed = weights(ours.model)
     assert not torch.equal(closed["0.weight"], now["0.weight"])
-    assert "forward" not in vars(ours.model[0])  # type: ignore[index]
+    assert type(ours.model[0]) is nn.Linear and not {"_leaf", "_product"} & {*vars(ours.model[0])}  # type: ignore[index]
     expected = nn.functional.linear(x, closed["0.weight"], closed["0.bias"])
     torch.testing.assert_close(ours.model[0](x), expected)  # type: ignore[index]
+
+
+def saved(model: nn.Module) -> nn.Module:
+    file = io.BytesIO()
+    torch.save(model, file)
+    file.seek(0)
+    loaded: nn.Module = torch.load(file, weights_only=False)
+    return loaded
+
+
+def reloaded(model: nn.Module) -> nn.Module:
+    other = Single().model()
+    other.load_state_dict(model.state_dict())
+    return other
+
+
+@pytest.mark.parametrize("taken", [copy.deepcopy, saved, reloaded])
+def test_what_is_taken_of_a_model_while_it_trains_is_dense_and_has_its_weights(
+    taken: Callable[[nn.Module], nn.Module],
+) -> None:
+    ours, _ = both(Single(), NAMES)
+    ours.trainer.step(0, False)
+    random = torch.get_rng_state()
+    other, x = taken(ours.model), torch.randn(3, 6)
+    assert taken is reloaded or torch.equal(torch.randn(3, 6, generator=drawing(random)), x)
+    assert [type(layer) for layer in other] == [nn.Linear, nn.ReLU, nn.Linear]  # type: ignore[attr-defined]
+    assert {*vars(other[0])} == {*vars(nn.Linear(1, 1))}  # type: ignore[index]
+    expected = ours.model(x).detach()
+    torch.testing.assert_close(other(x), expected)
+    for parameter in other.parameters():
+        parameter.data.zero_()
+    ours.trainer.step(1, False)
+    assert not torch.equal(ours.model(x), expected) and not other(x).any()
+
+
+def drawing(state: Tensor) -> torch.Generator:
+    generator = torch.Generator()
+    generator.set_state(state)
+    return generator
+
+
+def test_a_layer_that_trains_sparse_takes_its_input_by_name_too() -> None:
+    class Names(Single):
+        def predict(self, model: Any, batch: Any) -> Any:
+            return model[2](input=model[0](input=batch[0].float()))
+
+    ours, theirs = both(Names(), NAMES)
+    assert ours.trainer.step(0, False).loss == pytest.approx(theirs.trainer.step(0, False).loss, rel=1e-4)
 
 
 def test_a_step_works_without_dense_gradients() -> None:
@@ -163,6 +212,30 @@ def test_a_weight_of_two_layers_stays_dense(monkeypatch: pytest.MonkeyPatch) -> 
     masks = hpcprune.prune(model, 0.5)
     told(monkeypatch, *[(1.0, 0.5)] * 3)
     assert faster_layers(model, masks, lambda: model(torch.randn(3, 8))) == ["1.weight"]
+
+
+def test_a_layer_with_two_names_trains_sparse_as_one() -> None:
+    class Twice(Single):
+        def model(self) -> nn.Module:
+            layer = nn.Linear(6, 6)
+            return nn.Sequential(layer, nn.ReLU(), layer, nn.Linear(6, 4))
+
+    ours, theirs = both(Twice(), ["0.weight"])
+    for number in range(3):
+        own, other = (begun.trainer.step(number, False) for begun in (ours, theirs))
+        assert own.loss == pytest.approx(other.loss, rel=1e-4)
+    x = torch.randn(3, 6)
+    torch.testing.assert_close(ours.model(x), theirs.model(x), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("again", [1, 2])
+def test_layers_are_found_by_what_calls_them(monkeypatch: pytest.MonkeyPatch, again: int) -> None:
+    """By a name of the input, and those with a second name too."""
+    layer = nn.Linear(8, 8)
+    model = nn.Sequential(*[layer] * again)
+    masks = hpcprune.prune(model, 0.5)
+    told(monkeypatch, (1.0, 0.5))
+    assert faster_layers(model, masks, lambda: model[-1](input=torch.randn(3, 8))) == ["0.weight"]
 
 
 @pytest.mark.parametrize(("dense", "sparse"), [(2.0, 1.0), (1.0, 1.0)])

@@ -77,7 +77,8 @@ def ratios(report: Report) -> dict[str, str]:
 def findings(report: Report) -> list[Finding]:
     """What did not get smaller or faster, then what did so in part, with the figures and the reason."""
     costs = _costs(report)
-    found = [Finding(c.label, c.figures, c.ratio, _WHY[c.label], False) for c in costs.values() if c.verdict in (0, 1)]
+    whys = _WHY | _of_sparse(report)
+    found = [Finding(c.label, c.figures, c.ratio, whys[c.label], False) for c in costs.values() if c.verdict in (0, 1)]
     flops, weights = costs["FLOPs a sample"], costs["prunable weights"]
     if flops.verdict == -1 and costs["time a sample"].verdict in (0, 1):
         found.append(Finding("FLOPs, on paper only", flops.figures, flops.ratio, _WHY["on paper"], True))
@@ -136,6 +137,12 @@ _WHY = {
     "reuse": "More survivors lie where weights are used often (convolutions); the rest of the model counts whole.",
     "left dense": "None of their weights scored below the threshold.",
 }
+
+
+def _of_sparse(report: Report) -> dict[str, str]:
+    """Why there is no faster network where nothing could run sparse."""
+    reason = (report["inference"]["sparse"] or {}).get("reason")
+    return {"time a sample": f"No layer was tried sparse: {reason}."} if reason else {}
 
 
 def _costs(report: Report) -> dict[str, _Cost]:

@@ -19,9 +19,9 @@ from torch import Tensor, nn
 from hpcprune.masks import Masks
 from hpcprune.sparse.cuda_linear import CudaKernel, kernels_to_try
 from hpcprune.sparse.held import Bits, Kernel, fit
-from hpcprune.sparse.kernels import FLOATS, SparseError, kernels
+from hpcprune.sparse.kernels import FLOATS, SparseError
+from hpcprune.sparse.layers import check_zeros, masks_of_dense, need_kernels_for, pruned_layers
 from hpcprune.sparse.modules import on_gpu, sparse_module
-from hpcprune.sparse.operands import need_kernels
 
 __all__ = ["Call", "Choice", "Sparsified", "sparsify", "time_in_turns", "watched_inputs"]
 
@@ -63,6 +63,7 @@ class Sparsified:
     """What `sparsify` found. Seconds are those of one inference, None where it was not told how one is done.
 
     undone: layers were faster alone and the model as a whole was not, so that all of them are dense again.
+    reason: why nothing was tried, None where it was.
     """
 
     layers: tuple[Choice, ...]
@@ -87,22 +88,33 @@ def sparsify(
         infer: runs the model once on what it will be given, as `lambda: model(batch)`. Without it Linear layers are
             tried with `samples` rows, and the model as a whole is not timed.
 
-    The weights of a layer that was replaced take memory for its survivors only. The result says for each layer what was
-    measured; what has no sparse counterpart is not listed. Nothing is replaced where there are no compiled kernels.
+    The weights of a layer that was replaced take memory for its survivors only. A layer is replaced at all of its
+    names, and stays dense where its weight is another module's too. The result says for each layer what was measured;
+    what has no sparse counterpart is not listed, nor what is sparse already. Nothing is replaced where there are no
+    compiled kernels, nor where the model is the layer itself, which nothing holds that could hold another: the result
+    says so (`reason`).
+
+    Raises:
+        HpcpruneError: the masks are not of this model, or weights that they prune are not zero.
     """
-    candidates = {name: module for name, module in model.named_modules() if f"{name}.weight" in masks}
+    masks = masks_of_dense(model, masks)
+    layers = pruned_layers(model, masks)
+    check_zeros(model, masks, layers)
     try:
-        kernels()
-        for device in {layer.weight.device for layer in candidates.values() if on_gpu(layer)}:
-            need_kernels(device)
+        if type(model) in (nn.Linear, nn.Conv2d) and "weight" in layers:
+            raise SparseError(
+                f"the model is a {type(model).__name__} itself, and nothing holds it that could hold a sparse one; "
+                "prune and give nn.Sequential(layer) instead"
+            )
+        need_kernels_for(layers.values())
     except SparseError as why:
         return Sparsified((), torch.get_num_threads(), None, None, False, str(why))
     modes = {module: module.training for module in model.modules()}
     model.eval()
     try:
-        inputs = _rows(candidates, samples) if infer is None else watched_inputs(candidates, infer)
-        choices, replaced = _choose(candidates, masks, inputs)
-        found = _swap_if_faster(model, candidates, replaced, infer)
+        inputs = _rows(layers, samples) if infer is None else watched_inputs(layers, infer)
+        choices, replaced = _choose(layers, masks, inputs)
+        found = _swap_if_faster(model, replaced, infer)
     finally:
         for module, training in modes.items():
             module.training = training
@@ -110,13 +122,13 @@ def sparsify(
 
 
 def _choose(
-    candidates: Mapping[str, nn.Module], masks: Masks, inputs: Mapping[str, Sequence[Call]]
-) -> tuple[list[Choice], dict[str, nn.Module]]:
-    """What was measured of each layer, and the sparse ones of those that are faster so."""
+    layers: Mapping[str, nn.Module], masks: Masks, inputs: Mapping[str, Sequence[Call]]
+) -> tuple[list[Choice], dict[nn.Module, nn.Module]]:
+    """What was measured of each layer, and for each that is faster so the sparse one."""
     choices, replaced = [], {}
-    for name, dense in candidates.items():
+    for name, dense in layers.items():
         calls = inputs.get(name, [])
-        bits = masks.bits(f"{name}.weight")
+        bits = masks.bits(name)
         timed: list[tuple[float, float, str, nn.Module]] = []
         for kernel in _kernels_to_try(dense, bits, calls) if calls else ():
             sparse = sparse_module(dense, bits, kernel)
@@ -127,10 +139,18 @@ def _choose(
         dense_seconds, sparse_seconds, best, module = min(timed, key=lambda each: each[1] / each[0])
         faster = sparse_seconds < MARGIN * dense_seconds
         shapes = tuple(tuple(call.x.shape) for call in calls)
-        sparsity = 1 - masks.densities[f"{name}.weight"]
-        choices.append(Choice(name, sparsity, shapes, dense_seconds, sparse_seconds, best if faster else "dense"))
+        choices.append(
+            Choice(
+                name.removesuffix(".weight"),
+                1 - masks.densities[name],
+                shapes,
+                dense_seconds,
+                sparse_seconds,
+                best if faster else "dense",
+            )
+        )
         if faster:
-            replaced[name] = module
+            replaced[dense] = module
     return choices, replaced
 
 
@@ -144,26 +164,33 @@ def _kernels_to_try(dense: nn.Module, bits: Bits, calls: Sequence[Call]) -> Sequ
 
 def _rows(layers: Mapping[str, nn.Module], samples: int) -> dict[str, list[Call]]:
     return {
-        name: [Call(torch.randn(samples, layer.in_features, dtype=layer.weight.dtype, device=layer.weight.device))]
+        name: [Call(_noise((samples, layer.in_features), layer.weight))]
         for name, layer in layers.items()
         if isinstance(layer, nn.Linear)
     }
+
+
+def _noise(shape: Sequence[int], like: Tensor) -> Tensor:
+    """Of a generator of its own: what else draws random numbers must not see whether layers are timed."""
+    generator = torch.Generator(like.device).manual_seed(0)
+    return torch.randn(shape, generator=generator, dtype=like.dtype, device=like.device)
 
 
 def watched_inputs(layers: Mapping[str, nn.Module], infer: Callable[[], object]) -> dict[str, list[Call]]:
     """The calls of each layer, with noise for their inputs."""
     found: dict[str, list[Call]] = {name: [] for name in layers}
 
-    def watch(name: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
-        def called(module: nn.Module, arguments: tuple[Any, ...]) -> None:
-            if len(arguments) == 1 and isinstance(arguments[0], Tensor) and arguments[0].dtype in FLOATS:
-                x, kind = arguments[0], arguments[0].device.type
+    def watch(name: str) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None]:
+        def called(module: nn.Module, arguments: tuple[Any, ...], named: dict[str, Any]) -> None:
+            given = (*arguments, *named.values())
+            if len(given) == 1 and isinstance(given[0], Tensor) and given[0].dtype in FLOATS:
+                x, kind = given[0], given[0].device.type
                 autocast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
-                found[name].append(Call(torch.randn_like(x, memory_format=torch.contiguous_format), autocast))
+                found[name].append(Call(_noise(x.shape, x), autocast))
 
         return called
 
-    hooks = [layer.register_forward_pre_hook(watch(name)) for name, layer in layers.items()]
+    hooks = [layer.register_forward_pre_hook(watch(name), with_kwargs=True) for name, layer in layers.items()]
     try:
         infer()
     finally:
@@ -210,12 +237,12 @@ def _now() -> float:
 
 
 def _swap_if_faster(
-    model: nn.Module,
-    dense: Mapping[str, nn.Module],
-    sparse: Mapping[str, nn.Module],
-    infer: Callable[[], object] | None,
+    model: nn.Module, replaced: Mapping[nn.Module, nn.Module], infer: Callable[[], object] | None
 ) -> tuple[float | None, float | None, bool]:
     """Swap layers in, and out again if an inference has not become faster: its seconds, and whether they are out."""
+    # Those that a model holds more than once have as many names.
+    dense = {name: layer for name, layer in model.named_modules(remove_duplicate=False) if layer in replaced}
+    sparse = {name: replaced[layer] for name, layer in dense.items()}
     if infer is None:
         _put(model, sparse)
         return None, None, False
@@ -227,13 +254,12 @@ def _swap_if_faster(
 
         return run
 
-    own = {name: dense[name] for name in sparse}
     undone = True
     try:
-        dense_seconds, sparse_seconds = time_in_turns(with_layers(own), with_layers(sparse))
+        dense_seconds, sparse_seconds = time_in_turns(with_layers(dense), with_layers(sparse))
         undone = bool(sparse) and sparse_seconds >= dense_seconds
     finally:
-        _put(model, own if undone else sparse)
+        _put(model, dense if undone else sparse)
     return dense_seconds, sparse_seconds, undone
 
 

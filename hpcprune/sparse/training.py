@@ -7,10 +7,9 @@ dense gradient, and nothing is scattered into a dense weight, until someone want
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable, Collection
 from functools import partial
-from typing import TypeGuard
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor, nn
@@ -21,13 +20,13 @@ from hpcprune.packing import Bits, Packed, survivors_of
 from hpcprune.sparse import csr
 from hpcprune.sparse.choose import Call, time_in_turns, watched_inputs
 from hpcprune.sparse.cuda_ops import csr_survivors_linear
-from hpcprune.sparse.kernels import FLOATS, SparseError, kernels
+from hpcprune.sparse.kernels import FLOATS, SparseError
+from hpcprune.sparse.layers import need_kernels_for, pruned_layers
 from hpcprune.sparse.modules import on_gpu
-from hpcprune.sparse.operands import need_kernels
 from hpcprune.sparse.operators import autocast, check_last
 from hpcprune.sparse.ops import survivors_linear
 from hpcprune.sparse.panels import lay_out
-from hpcprune.survivors import Survivors
+from hpcprune.survivors import Segment, Survivors
 
 __all__ = ["SparseTraining", "faster_layers"]
 
@@ -38,20 +37,46 @@ class SparseTraining:
     """The layers of a model that compute with `survivors`' leaves, until `close`."""
 
     def __init__(self, model: nn.Module, survivors: Survivors) -> None:
-        self._layers: list[nn.Module] = []
+        self._layers: list[nn.Linear] = []
         for segment in survivors:
             if segment.leaf is not None:
                 layer = model.get_submodule(segment.name.rpartition(".")[0])
-                assert isinstance(layer, nn.Linear) and isinstance(segment.packing, Packed)
+                assert type(layer) is nn.Linear and isinstance(segment.packing, Packed)
                 product = _product_with(segment.packing.bits, layer)
-                vars(layer)["forward"] = partial(product, segment.leaf, layer.bias)
+                vars(layer).update(_leaf=segment.leaf, _segment=segment, _product=product)
+                layer.__class__ = _TrainsSparse
                 self._layers.append(layer)
 
     def close(self) -> None:
         """The layers compute with their dense parameters again, which are to be unpacked before."""
         for layer in self._layers:
-            del vars(layer)["forward"]
+            layer.__class__ = nn.Linear
+            for name in _TrainsSparse.OWN:
+                del vars(layer)[name]
         self._layers = []
+
+
+class _TrainsSparse(nn.Linear):
+    """A Linear layer while it trains sparse. What is copied or saved of it is a dense one with the weights of now."""
+
+    OWN = "_leaf", "_segment", "_product"  # of the training, and no copy's
+
+    _leaf: Tensor
+    _segment: Segment
+    _product: Callable[[Tensor, Tensor | None, Tensor], Tensor]
+
+    def forward(self, input: Tensor) -> Tensor:
+        return self._product(self._leaf, self.bias, input)
+
+    def _save_to_state_dict(self, *arguments: Any, **named: Any) -> None:
+        self._segment.unpack(self._leaf)
+        super()._save_to_state_dict(*arguments, **named)
+
+    def __reduce_ex__(self, protocol: object) -> tuple[Any, ...]:
+        """How copy and pickle take it apart."""
+        self._segment.unpack(self._leaf)
+        dense = {name: value for name, value in vars(self).items() if name not in self.OWN}
+        return nn.Linear, (1, 1, False, "meta"), dense  # of no weights, which would be drawn at random
 
 
 def _product_with(bits: Bits, layer: nn.Linear) -> Callable[[Tensor, Tensor | None, Tensor], Tensor]:
@@ -89,17 +114,10 @@ def faster_layers(model: nn.Module, masks: Masks, step: Callable[[], object]) ->
     Args:
         step: runs the model forward (and backward, if it likes) on what training will give it; called once in any case.
     """
-    holders = Counter(id(parameter) for _, parameter in model.named_parameters(remove_duplicate=False))
-    layers = {
-        f"{name}.weight": module
-        for name, module in model.named_modules()
-        if f"{name}.weight" in masks and _can_be_sparse(module) and holders[id(module.weight)] == 1
-    }
+    layers = {name: layer for name, layer in pruned_layers(model, masks).items() if _can_be_sparse(layer)}
     inputs = watched_inputs(layers, step)
     try:
-        kernels()
-        for device in {layer.weight.device for layer in layers.values() if on_gpu(layer)}:
-            need_kernels(device)
+        need_kernels_for(layers.values())
     except SparseError:
         return []
     return [name for name, layer in layers.items() if inputs[name] and _faster(layer, masks, name, inputs[name])]
