@@ -85,7 +85,8 @@ def multiply(x: Tensor, start: Tensor, column: Tensor, value: Tensor, bias: Tens
         x: [batch, columns], float32 or bfloat16, contiguous. bias: [rows], float32.
     """
     matrix = value.shape[-1], start.data_ptr(), start.numel(), column.data_ptr(), column.numel()
-    return kernels.multiply("hpcprune_blocks_product", matrix, value, x, x.shape, bias, x.new_empty(x.shape[0], rows))
+    shape = x.shape
+    return kernels.multiply("hpcprune_blocks_product", matrix, value, x, shape, bias, x.new_empty((shape[0], rows)), rows)
 
 
 def sampled(x: Tensor, gradient: Tensor, start: Tensor, column: Tensor, order: Tensor, survivors: int) -> Tensor:

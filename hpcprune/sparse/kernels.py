@@ -23,6 +23,7 @@ DOES_NOT_FIT = 2  # of Status in kernels/paths.h
 
 MOST = (1 << 31) - 1  # survivors of a layer
 FLOATS = (torch.float32, torch.bfloat16)
+_KINDS = {(value, x): i + 2 * j for i, value in enumerate(FLOATS) for j, x in enumerate(FLOATS)}  # as kernels have them
 
 
 class SparseError(HpcpruneError):
@@ -58,7 +59,14 @@ def is_half(name: str, tensor: Tensor) -> bool:
 
 
 def multiply(
-    kernel: str, matrix: Sequence[int], value: Tensor, x: Tensor, shape: Sequence[Any], bias: Tensor | None, y: Tensor
+    kernel: str,
+    matrix: Sequence[int],
+    value: Tensor,
+    x: Tensor,
+    shape: Sequence[Any],
+    bias: Tensor | None,
+    y: Tensor,
+    rows: int,
 ) -> Tensor:
     """y, filled with x W^T + bias by a kernel.
 
@@ -66,20 +74,30 @@ def multiply(
         matrix: the kernel's arguments for W beside its weights. value: those as the kernel has them, float32 or
             bfloat16; sums are float32.
         x: float32 or bfloat16, contiguous. shape: the kernel's arguments for x beside its address.
-        bias: [rows], float32. y: [_, rows, ...], contiguous, of x's dtype.
+        bias: [rows], float32. y: contiguous, of x's dtype.
 
     Raises:
         SparseError: operands do not fit each other, or there is no memory.
     """
     code, level, pool = kernels()
-    kind, rows = is_half("W", value) + 2 * is_half("x", x), y.shape[1]
-    weights, own_bias = (value.data_ptr(), value.numel()), None if bias is None else bias.data_ptr()
-    threads = torch.get_num_threads()
-    fits = bias is None or bias.numel() == rows
+    kind = _KINDS.get((value.dtype, x.dtype))
+    if kind is None:
+        raise SparseError(f"W is {value.dtype} and x is {x.dtype}; sparse products take float32 and bfloat16")
     status = DOES_NOT_FIT
-    if fits:
+    if bias is None or bias.numel() == rows:
         status = getattr(code, kernel)(
-            level, kind, *matrix, *weights, x.data_ptr(), *shape, own_bias, y.data_ptr(), rows, threads, pool
+            level,
+            kind,
+            *matrix,
+            value.data_ptr(),
+            value.numel(),
+            x.data_ptr(),
+            *shape,
+            None if bias is None else bias.data_ptr(),
+            y.data_ptr(),
+            rows,
+            torch.get_num_threads(),
+            pool,
         )
     if status:
         _fail(status, x=x, value=value, bias=bias, product=y)

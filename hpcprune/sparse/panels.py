@@ -85,8 +85,8 @@ def multiply(x: Tensor, layout: Tensor, value: Tensor, bias: Tensor | None, rows
     Args:
         x: [batch, columns], float32 or bfloat16, contiguous. bias: [rows], float32.
     """
-    matrix = layout.data_ptr(), layout.numel()
-    return kernels.multiply("hpcprune_spmm", matrix, value, x, x.shape, bias, x.new_empty(x.shape[0], rows))
+    matrix, shape = (layout.data_ptr(), layout.numel()), x.shape
+    return kernels.multiply("hpcprune_spmm", matrix, value, x, shape, bias, x.new_empty((shape[0], rows)), rows)
 
 
 def convolve(x: Tensor, layout: Tensor, value: Tensor, bias: Tensor | None, rows: int, geometry: Geometry) -> Tensor:
@@ -104,7 +104,7 @@ def convolve(x: Tensor, layout: Tensor, value: Tensor, bias: Tensor | None, rows
     sides = (ctypes.c_int64 * 13)(channels, *(side for pair in pairs for side in pair))
     y = x.new_empty(images, rows, *out)
     matrix = layout.data_ptr(), layout.numel()
-    return kernels.multiply("hpcprune_convolution", matrix, value, x, (images, sides), bias, y)
+    return kernels.multiply("hpcprune_convolution", matrix, value, x, (images, sides), bias, y, rows)
 
 
 def sampled(x: Tensor, gradient: Tensor, layout: Tensor, order: Tensor, survivors: int) -> Tensor:

@@ -82,5 +82,5 @@ def multiply(x: Tensor, code: Tensor, value: Tensor, bias: Tensor | None, rows: 
     Args:
         x: [batch, columns], float32 or bfloat16, contiguous. bias: [rows], float32.
     """
-    matrix = code.data_ptr(), code.numel()
-    return kernels.multiply("hpcprune_two_of_four", matrix, value, x, x.shape, bias, x.new_empty(x.shape[0], rows))
+    matrix, shape = (code.data_ptr(), code.numel()), x.shape
+    return kernels.multiply("hpcprune_two_of_four", matrix, value, x, shape, bias, x.new_empty((shape[0], rows)), rows)
