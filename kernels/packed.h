@@ -8,7 +8,7 @@
 #include <type_traits>
 #include <vector>
 
-#include "paths.h"
+#include "product.h"
 #include "vectors.h"
 
 namespace hpcprune {
@@ -49,10 +49,11 @@ struct Part {
 // into scratch, but no more than leave something for every thread. cut(n) says where stripes are cut in n; its last is
 // the end of them. A Status.
 template <class Cut, class Work>
-int in_parts(int64_t batch, int64_t width, int64_t stripes, int threads, const Pool* pool, const Cut& cut,
-             const Work& work) {
+int in_parts(const Product& of, int64_t width, int64_t stripes, const Cut& cut, const Work& work) {
+  const int64_t batch = of.batch;
   if (batch == 0 || stripes == 0) return DONE;
-  const int64_t allowed = std::max(1, threads), fitting = PACKED_FLOATS / std::max<int64_t>(1, width) / UNIT * UNIT;
+  const int64_t allowed = of.threads_for(of.values / UNIT * batch),
+                fitting = PACKED_FLOATS / std::max<int64_t>(1, width) / UNIT * UNIT;
   const int64_t share = ((batch + allowed - 1) / allowed + UNIT - 1) / UNIT * UNIT;
   const int64_t most = std::max(UNIT, std::min(fitting, share)), chunks = (batch + most - 1) / most;
   const std::vector<int64_t> cuts = cut(parts_of_each(chunks, allowed, stripes));
@@ -63,7 +64,7 @@ int in_parts(int64_t batch, int64_t width, int64_t stripes, int threads, const P
   const int64_t runs = std::min<int64_t>(allowed, parts.size()), length = most * width;
   float* scratch = aligned_floats(runs * length);
   if (!scratch) return NO_MEMORY;
-  in_pool(pool, runs, [&](int64_t run) {
+  in_pool(of.pool, runs, [&](int64_t run) {
     for (size_t i = run; i < parts.size(); i += runs) work(parts[i], scratch + run * length);
   });
   std::free(scratch);

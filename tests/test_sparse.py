@@ -104,9 +104,15 @@ def test_they_compile_into_one_graph(weights: Tensor) -> None:
 
 def test_other_dtypes_are_refused(weights: Tensor) -> None:
     layout, value = laid_out(weights)
-    with pytest.raises(hpcprune.HpcpruneError, match=r"W is torch\.float32 and x is torch\.float64; sparse products take float32 and bfloat16"):
+    with pytest.raises(
+        hpcprune.HpcpruneError,
+        match=r"W is torch\.float32 and x is torch\.float64; sparse products take float32 and bfloat16",
+    ):
         panels_linear(torch.randn(3, COLUMNS).double(), layout.layout, value, None, ROWS)
-    with pytest.raises(hpcprune.HpcpruneError, match=r"W is torch\.float16 and x is torch\.float32; sparse products take float32 and bfloat16"):
+    with pytest.raises(
+        hpcprune.HpcpruneError,
+        match=r"W is torch\.float16 and x is torch\.float32; sparse products take float32 and bfloat16",
+    ):
         panels_linear(torch.randn(3, COLUMNS), layout.layout, value.half(), None, ROWS)
     with pytest.raises(hpcprune.HpcpruneError, match=r"W is torch\.float64; sparse products take float32 and bfloat16"):
         survivors_linear(*(each.double() if i == 1 else each for i, each in enumerate(operands(weights))))

@@ -26,6 +26,7 @@ __all__ = ["BLOCK", "CHOICES", "COMPILERS", "Library", "describe", "library", "s
 
 PATHS = ("portable", "avx2", "avx512")  # in the order of the numbers that the kernels give them
 CHOICES = ("numpy", *PATHS)
+PRODUCTS = ("spmm", "bitmap", "two_of_four", "blocks_product", "convolution")  # they take a Product (kernels/product.h)
 FLAGS = ("-O3", "-std=c++17", "-ffp-contract=fast", "-shared", "-fPIC", "-pthread")
 COMPILERS = ("g++", "c++", "clang++")
 LONGEST_COMPILE = 180.0  # seconds
@@ -111,7 +112,6 @@ def _load(file: Path) -> ctypes.CDLL:
         pointer, integer, long = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64
         arrays = [pointer, pointer, long]
         path, array = [integer] * 2, [pointer, long]
-        product = [long, pointer, pointer, long, integer, pointer]
         gradient = [long] + array * 2 + [integer, pointer]
         for name, result, arguments in (
             ("best_path", integer, []),
@@ -125,11 +125,7 @@ def _load(file: Path) -> ctypes.CDLL:
             ("panels_bytes", long, [pointer, long, long, integer, pointer]),
             ("panels_fill", None, [pointer, long, long, integer, long, pointer, pointer]),
             ("panels_refill", None, [pointer, long, integer, pointer, long, pointer, integer, pointer]),
-            ("spmm", integer, path + array * 3 + product),
-            ("bitmap", integer, path + array * 4 + product),
-            ("two_of_four", integer, path + array * 3 + product),
-            ("blocks_product", integer, path + [long] + array * 4 + product),
-            ("convolution", integer, path + array * 3 + [pointer] + product[1:]),
+            *((name, integer, [pointer]) for name in PRODUCTS),
             ("sddmm", integer, path + array * 3 + gradient),
             ("blocks_gradient", integer, path + [long] + array * 4 + gradient),
             ("bitmap_tiles_plan", long, [pointer, long, long, pointer, pointer]),

@@ -47,4 +47,4 @@ def multiply(x: Tensor, bits: Tensor, first: Tensor, value: Tensor, bias: Tensor
         x: [batch, columns], float32 or bfloat16, contiguous. bias: [rows], float32.
     """
     matrix, shape = (bits.data_ptr(), bits.numel(), first.data_ptr(), first.numel()), x.shape
-    return kernels.multiply("hpcprune_bitmap", matrix, value, x, shape, bias, x.new_empty((shape[0], rows)), rows)
+    return kernels.multiply("hpcprune_bitmap", matrix, value, x, shape, bias, x.new_empty(shape[0], rows), rows)

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import ctypes
+import struct
 from collections.abc import Sequence
 from functools import lru_cache
-from typing import Any, NamedTuple, NoReturn
+from typing import NamedTuple, NoReturn
 
 import numpy as np
 import numpy.typing as npt
@@ -24,6 +25,7 @@ DOES_NOT_FIT = 2  # of Status in kernels/paths.h
 MOST = (1 << 31) - 1  # survivors of a layer
 FLOATS = (torch.float32, torch.bfloat16)
 _KINDS = {(value, x): i + 2 * j for i, value in enumerate(FLOATS) for j, x in enumerate(FLOATS)}  # as kernels have them
+_PRODUCTS = [struct.Struct(f"={12 + numbers}q") for numbers in range(6)]  # Product in kernels/product.h
 
 
 class SparseError(HpcpruneError):
@@ -35,7 +37,7 @@ class Kernels(NamedTuple):
 
     code: ctypes.CDLL
     level: int
-    pool: int | None
+    pool: int  # 0: there is none
 
 
 @lru_cache(maxsize=1)
@@ -48,7 +50,7 @@ def kernels() -> Kernels:
     chosen = library()
     if chosen.code is None:
         raise SparseError(f"sparse products need the compiled kernels: {chosen.reason}")
-    return Kernels(chosen.code, chosen.level, pool())
+    return Kernels(chosen.code, chosen.level, pool() or 0)
 
 
 def is_half(name: str, tensor: Tensor) -> bool:
@@ -63,7 +65,7 @@ def multiply(
     matrix: Sequence[int],
     value: Tensor,
     x: Tensor,
-    shape: Sequence[Any],
+    samples: Sequence[int],
     bias: Tensor | None,
     y: Tensor,
     rows: int,
@@ -73,7 +75,7 @@ def multiply(
     Args:
         matrix: the kernel's arguments for W beside its weights. value: those as the kernel has them, float32 or
             bfloat16; sums are float32.
-        x: float32 or bfloat16, contiguous. shape: the kernel's arguments for x beside its address.
+        x: float32 or bfloat16, contiguous. samples: how many, and of how many columns.
         bias: [rows], float32. y: contiguous, of x's dtype.
 
     Raises:
@@ -85,20 +87,21 @@ def multiply(
         raise SparseError(f"W is {value.dtype} and x is {x.dtype}; sparse products take float32 and bfloat16")
     status = DOES_NOT_FIT
     if bias is None or bias.numel() == rows:
-        status = getattr(code, kernel)(
+        operands = _PRODUCTS[len(matrix)].pack(
             level,
             kind,
-            *matrix,
             value.data_ptr(),
             value.numel(),
             x.data_ptr(),
-            *shape,
-            None if bias is None else bias.data_ptr(),
+            *samples,
+            0 if bias is None else bias.data_ptr(),
             y.data_ptr(),
             rows,
             torch.get_num_threads(),
             pool,
+            *matrix,
         )
+        status = getattr(code, kernel)(operands)
     if status:
         _fail(status, x=x, value=value, bias=bias, product=y)
     return y

@@ -42,10 +42,11 @@ def _linear(multiply: Callable[..., Tensor]) -> Callable[..., Tensor]:
     """The operator by a kernel's `multiply`, for x of any number of dimensions: (x, *matrix, value, bias, rows)."""
 
     def product(x: Tensor, *operands: Any) -> Tensor:
-        *matrix, bias, rows = operands
+        bias = operands[-2]
         # A small product takes 3 us, as would calls that do nothing.
         if x.dim() == 2 and x.is_contiguous() and (bias is None or bias.dtype is torch.float32):
-            return multiply(x, *matrix, bias, rows)
+            return multiply(x, *operands)
+        *matrix, _, rows = operands
         return shaped(multiply(flat(x), *matrix, float_bias(bias), rows), x)
 
     return product

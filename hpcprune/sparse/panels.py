@@ -86,7 +86,7 @@ def multiply(x: Tensor, layout: Tensor, value: Tensor, bias: Tensor | None, rows
         x: [batch, columns], float32 or bfloat16, contiguous. bias: [rows], float32.
     """
     matrix, shape = (layout.data_ptr(), layout.numel()), x.shape
-    return kernels.multiply("hpcprune_spmm", matrix, value, x, shape, bias, x.new_empty((shape[0], rows)), rows)
+    return kernels.multiply("hpcprune_spmm", matrix, value, x, shape, bias, x.new_empty(shape[0], rows), rows)
 
 
 def convolve(x: Tensor, layout: Tensor, value: Tensor, bias: Tensor | None, rows: int, geometry: Geometry) -> Tensor:
@@ -103,8 +103,8 @@ def convolve(x: Tensor, layout: Tensor, value: Tensor, bias: Tensor | None, rows
     pairs = (size, geometry.kernel, geometry.stride, geometry.padding, geometry.dilation, out)
     sides = (ctypes.c_int64 * 13)(channels, *(side for pair in pairs for side in pair))
     y = x.new_empty(images, rows, *out)
-    matrix = layout.data_ptr(), layout.numel()
-    return kernels.multiply("hpcprune_convolution", matrix, value, x, (images, sides), bias, y, rows)
+    matrix = layout.data_ptr(), layout.numel(), ctypes.addressof(sides)
+    return kernels.multiply("hpcprune_convolution", matrix, value, x, (images, channels), bias, y, rows)
 
 
 def sampled(x: Tensor, gradient: Tensor, layout: Tensor, order: Tensor, survivors: int) -> Tensor:

@@ -83,4 +83,4 @@ def multiply(x: Tensor, code: Tensor, value: Tensor, bias: Tensor | None, rows: 
         x: [batch, columns], float32 or bfloat16, contiguous. bias: [rows], float32.
     """
     matrix, shape = (code.data_ptr(), code.numel()), x.shape
-    return kernels.multiply("hpcprune_two_of_four", matrix, value, x, shape, bias, x.new_empty((shape[0], rows)), rows)
+    return kernels.multiply("hpcprune_two_of_four", matrix, value, x, shape, bias, x.new_empty(shape[0], rows), rows)

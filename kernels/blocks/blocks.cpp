@@ -27,7 +27,6 @@
 #include <vector>
 
 #include "../packed.h"
-#include "../paths.h"
 #include "../vectors.h"
 
 namespace hpcprune {
@@ -82,12 +81,11 @@ namespace hpcprune {
 namespace {
 
 template <class Value, class Element>
-int product(int path, const Blocks& w, const Value* value, const Element* x, int64_t batch, const float* bias,
-            Element* y, int threads, const Pool* pool) {
+int product(const Product& of, const Blocks& w, const Value* value, const Element* x, Element* y) {
   const auto cut = [&](int64_t parts) { return cut_rows(w, parts); };
-  const int64_t width = w.block_columns() * w.side;
-  return in_parts(batch, width, w.block_rows(), threads, pool, cut,
-                  [&](const Part& part, float* packed) { ON_PATH(path, product(w, value, x, bias, y, part, packed)); });
+  return in_parts(of, w.block_columns() * w.side, w.block_rows(), cut, [&](const Part& part, float* packed) {
+    ON_PATH(of.path, product(w, value, x, of.bias, y, part, packed));
+  });
 }
 
 template <class Element>
@@ -123,19 +121,14 @@ int gradient(int path, const Blocks& w, const int32_t* order, const Element* x, 
 
 extern "C" {
 
-// `start` holds a number for each block row and one more, `column` one for each block, ascending within a row; `value`
-// holds side x side weights for each block, a column's after another. `kind` says of what types weights, X and Y are
-// (vectors.h); bias is float, or null. `starts`, `blocks` and `values` are how many they are. A Status (paths.h).
-int hpcprune_blocks_product(int path, int kind, int64_t side, const int32_t* start, int64_t starts,
-                            const int32_t* column, int64_t blocks, const void* value, int64_t values, const void* x,
-                            int64_t batch, int64_t columns, const float* bias, void* y, int64_t rows, int threads,
-                            const hpcprune::Pool* pool) {
+// Of W: `side`; `start`, for each block row and one more, and how many; `column`, one for each block, ascending within
+// a row, and how many. `value` holds side x side weights for each block, a column's after another. A Status.
+int hpcprune_blocks_product(const hpcprune::Product* of) {
   using namespace hpcprune;
-  const Blocks w{side, rows, columns, start, column};
-  if (!w.fits(starts, blocks, values)) return DOES_NOT_FIT;
-  const int useful = threads_for(values / UNIT * batch, threads);
-  return with_types(kind, value, x, y, [&](const auto* weights, const auto* from, auto* to) {
-    return product(path, w, weights, from, batch, bias, to, useful, pool);
+  const Blocks w{of->matrix[0], of->rows, of->columns, of->array<int32_t>(1), of->array<int32_t>(3)};
+  if (!w.fits(of->matrix[2], of->matrix[4], of->values)) return DOES_NOT_FIT;
+  return with_types(of->kind, of->value, of->x, of->y, [&](const auto* weights, const auto* from, auto* to) {
+    return product(*of, w, weights, from, to);
   });
 }
 

@@ -13,7 +13,7 @@
 #include <algorithm>
 #include <cstdlib>
 
-#include "../paths.h"
+#include "../product.h"
 #include "../vectors.h"
 
 namespace hpcprune {
@@ -47,18 +47,17 @@ namespace hpcprune {
 namespace {
 
 template <class Value, class Element>
-int multiply(int path, const Bitmap<Value>& w, const Element* x, int64_t batch, const float* bias, Element* y,
-             int threads, const Pool* pool) {
+int multiply(const Product& of, const Bitmap<Value>& w, const Element* x, Element* y) {
   const int64_t length = (w.columns + 47) / 16 * 16;
   float* wide = static_cast<float*>(std::aligned_alloc(64, length * sizeof(float)));
   if (!wide) return NO_MEMORY;
-  const int64_t runs = std::max<int64_t>(1, std::min<int64_t>(threads_for(w.rows * w.columns / 16, threads), w.rows));
-  for (int64_t sample = 0; sample < batch; ++sample, x += w.columns, y += w.rows) {
+  const int64_t runs = std::min<int64_t>(of.threads_for(w.rows * w.columns / 16), w.rows);
+  for (int64_t sample = 0; sample < of.batch; ++sample, x += w.columns, y += w.rows) {
     for (int64_t k = 0; k < w.columns; ++k) wide[k] = widen(x[k]);
     std::fill(wide + w.columns, wide + length, 0.0f);
-    in_pool(pool, runs, [&](int64_t run) {
+    in_pool(of.pool, runs, [&](int64_t run) {
       const int64_t first = w.rows * run / runs, last = w.rows * (run + 1) / runs;
-      ON_PATH(path, bitmap_rows(w, first, last, wide, bias, y));
+      ON_PATH(of.path, bitmap_rows(w, first, last, wide, of.bias, y));
     });
   }
   std::free(wide);
@@ -70,18 +69,18 @@ int multiply(int path, const Bitmap<Value>& w, const Element* x, int64_t batch, 
 
 extern "C" {
 
-// `bits` are `bytes`, `first` has `firsts` and `value` `values`, what is beyond the ends counted. `kind` says of what
-// types weights, X and Y are (vectors.h); bias is float, or null. A Status (paths.h).
-int hpcprune_bitmap(int path, int kind, const uint8_t* bits, int64_t bytes, const int64_t* first, int64_t firsts,
-                    const void* value, int64_t values, const void* x, int64_t batch, int64_t columns, const float* bias,
-                    void* y, int64_t rows, int threads, const hpcprune::Pool* pool) {
+// Of W: `bits` and how many bytes, `first` and how many; with what is beyond the ends, as `value` too. A Status.
+int hpcprune_bitmap(const hpcprune::Product* of) {
   using namespace hpcprune;
+  const uint8_t* bits = of->array<uint8_t>(0);
+  const int64_t bytes = of->matrix[1], *first = of->array<int64_t>(2), firsts = of->matrix[3];
+  const int64_t rows = of->rows, columns = of->columns, survivors = of->values - VALUES_AFTER;
   if (firsts != rows || bytes != (rows * columns + 7) / 8 + BYTES_AFTER) return DOES_NOT_FIT;
-  if (rows && values - VALUES_AFTER != first[rows - 1] + ones(bits, (rows - 1) * columns, rows * columns))
-    return DOES_NOT_FIT;
-  return with_types(kind, value, x, y, [&](const auto* weights, const auto* from, auto* to) {
+  if (rows == 0) return DONE;
+  if (survivors != first[rows - 1] + ones(bits, (rows - 1) * columns, rows * columns)) return DOES_NOT_FIT;
+  return with_types(of->kind, of->value, of->x, of->y, [&](const auto* weights, const auto* from, auto* to) {
     const Bitmap<std::decay_t<decltype(*weights)>> w{rows, columns, bits, first, weights};
-    return multiply(path, w, from, batch, bias, to, threads, pool);
+    return multiply(*of, w, from, to);
   });
 }
 }

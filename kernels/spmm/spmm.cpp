@@ -19,7 +19,7 @@
 #include <vector>
 
 #include "../panels.h"
-#include "../paths.h"
+#include "../product.h"
 #include "../vectors.h"
 #include "operands.h"
 
@@ -41,7 +41,7 @@ namespace hpcprune {
 namespace {
 
 // The narrowest tile that holds `samples`, of those that a path has.
-int64_t tile_width(int path, int64_t samples) {
+int64_t tile_width(int64_t path, int64_t samples) {
   if (samples == 1) return 1;
   const int64_t widest = path == WITH_AVX512 ? 32 : path == WITH_AVX2 ? 16 : 8;
   int64_t width = 4;
@@ -50,20 +50,19 @@ int64_t tile_width(int path, int64_t samples) {
 }
 
 template <class Column, class Value, class Operand>
-int spmm(int path, const Layout& w, const Value* value, const Operand& operand, int64_t images, int64_t samples,
-         const float* bias, int threads, const Pool* pool) {
+int spmm(const Product& of, const Layout& w, const Value* value, const Operand& operand, int64_t images,
+         int64_t samples) {
   std::vector<Part> tiles, parts;
   for (int64_t image = 0; image < images; ++image)
     for (int64_t sample = 0; sample < samples;) {
-      const int64_t width = tile_width(path, samples - sample);
+      const int64_t width = tile_width(of.path, samples - sample);
       tiles.push_back({image, sample, std::min(width, samples - sample), width, 0, w.chunks});
       sample += tiles.back().samples;
     }
-  threads = threads_for(w.entries * tiles.size(), threads);
+  const int threads = of.threads_for(w.entries * tiles.size());
   // Blocks of rows whose sums fit the L2 cache.
   const int64_t blocks = (w.chunks + 63) / 64;
-  const std::vector<int64_t> cuts =
-      cut_chunks(w, std::max(blocks, parts_of_each(tiles.size(), threads, w.chunks)));
+  const std::vector<int64_t> cuts = cut_chunks(w, std::max(blocks, parts_of_each(tiles.size(), threads, w.chunks)));
   int64_t most = 0, widest = 1;
   for (const Part& whole : tiles) {
     widest = std::max(widest, whole.width);
@@ -78,10 +77,10 @@ int spmm(int path, const Layout& w, const Value* value, const Operand& operand, 
   const size_t length = (std::max(widest * w.panel, w.columns) + most * CHUNK * widest + 15) / 16 * 16;
   float* scratch = static_cast<float*>(std::aligned_alloc(64, runs * length * sizeof(float)));
   if (!scratch) return NO_MEMORY;
-  in_pool(pool, runs, [&](int64_t run) {
+  in_pool(of.pool, runs, [&](int64_t run) {
     for (size_t i = run; i < parts.size(); i += runs) {
       float* own = scratch + run * length;
-      ON_PATH(path, product<Column>(w, value, operand, bias, parts[i], own));
+      ON_PATH(of.path, product<Column>(w, value, operand, of.bias, parts[i], own));
     }
   });
   std::free(scratch);
@@ -89,10 +88,10 @@ int spmm(int path, const Layout& w, const Value* value, const Operand& operand, 
 }
 
 template <class Value, class Operand>
-int spmm(int path, const Layout& w, const Value* value, const Operand& operand, int64_t images, int64_t samples,
-         const float* bias, int threads, const Pool* pool) {
-  return w.panel > NARROW ? spmm<uint16_t>(path, w, value, operand, images, samples, bias, threads, pool)
-                          : spmm<uint8_t>(path, w, value, operand, images, samples, bias, threads, pool);
+int spmm(const Product& of, const Layout& w, const Value* value, const Operand& operand, int64_t images,
+         int64_t samples) {
+  return w.panel > NARROW ? spmm<uint16_t>(of, w, value, operand, images, samples)
+                          : spmm<uint8_t>(of, w, value, operand, images, samples);
 }
 
 }  // namespace
@@ -100,31 +99,29 @@ int spmm(int path, const Layout& w, const Value* value, const Operand& operand, 
 
 extern "C" {
 
-// `layout` is the `length` bytes that `hpcprune_panels_fill` made, `value` has a weight for each of its entries. `kind`
-// says of what types weights, X and Y are (vectors.h); bias is float, or null. A Status (paths.h).
-int hpcprune_spmm(int path, int kind, const void* layout, int64_t length, const void* value, int64_t values,
-                  const void* x, int64_t batch, int64_t columns, const float* bias, void* y, int64_t rows, int threads,
-                  const hpcprune::Pool* pool) {
+// Of W: `layout`, which `hpcprune_panels_fill` made, and its bytes; `value` has a weight for each of its entries. A
+// Status.
+int hpcprune_spmm(const hpcprune::Product* of) {
   using namespace hpcprune;
-  if (!Layout::fits(layout, length, rows, columns, values)) return DOES_NOT_FIT;
-  const Layout w(layout);
-  return with_types(kind, value, x, y, [&](const auto* weights, const auto* from, auto* to) {
-    return spmm(path, w, weights, Rows{from, to, w.columns, w.rows}, 1, batch, bias, threads, pool);
+  if (!Layout::fits(of->array<char>(0), of->matrix[1], of->rows, of->columns, of->values)) return DOES_NOT_FIT;
+  const Layout w(of->array<char>(0));
+  return with_types(of->kind, of->value, of->x, of->y, [&](const auto* weights, const auto* from, auto* to) {
+    return spmm(*of, w, weights, Rows{from, to, w.columns, w.rows}, 1, of->batch);
   });
 }
 
-// A convolution of images. `shape` is channels, then height and width of the image, the kernel, the stride, the
-// padding, the dilation and the output.
-int hpcprune_convolution(int path, int kind, const void* layout, int64_t length, const void* value, int64_t values,
-                         const void* x, int64_t count, const int64_t* shape, const float* bias, void* y, int64_t rows,
-                         int threads, const hpcprune::Pool* pool) {
+// A convolution of `batch` images. Of W: as above, and a third: channels, then height and width of the image, the
+// kernel, the stride, the padding, the dilation and the output.
+int hpcprune_convolution(const hpcprune::Product* of) {
   using namespace hpcprune;
-  const Images shaped(static_cast<const float*>(x), static_cast<float*>(y), rows, shape);
-  if (!shaped.possible() || !Layout::fits(layout, length, rows, shaped.columns(), values)) return DOES_NOT_FIT;
-  const Layout w(layout);
-  return with_types(kind, value, x, y, [&](const auto* weights, const auto* from, auto* to) {
+  const int64_t* shape = of->array<int64_t>(2);
+  const Images shaped(static_cast<const float*>(of->x), static_cast<float*>(of->y), of->rows, shape);
+  if (!shaped.possible() || !Layout::fits(of->array<char>(0), of->matrix[1], of->rows, shaped.columns(), of->values))
+    return DOES_NOT_FIT;
+  const Layout w(of->array<char>(0));
+  return with_types(of->kind, of->value, of->x, of->y, [&](const auto* weights, const auto* from, auto* to) {
     const Images images{from, to, w.rows, shape};
-    return spmm(path, w, weights, images, count, images.out[0] * images.out[1], bias, threads, pool);
+    return spmm(*of, w, weights, images, of->batch, images.out[0] * images.out[1]);
   });
 }
 }

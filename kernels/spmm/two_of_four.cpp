@@ -18,7 +18,6 @@
 #include <algorithm>
 
 #include "../packed.h"
-#include "../paths.h"
 #include "../vectors.h"
 
 namespace hpcprune {
@@ -45,15 +44,15 @@ namespace hpcprune {
 namespace {
 
 template <class Value, class Element>
-int multiply(int path, const TwoOfFour& w, const Value* value, const Element* x, int64_t batch, const float* bias,
-             Element* y, int threads, const Pool* pool) {
+int multiply(const Product& of, const TwoOfFour& w, const Value* value, const Element* x, Element* y) {
   const auto cut = [&](int64_t parts) {
     std::vector<int64_t> cuts;
     for (int64_t part = 0; part <= parts; ++part) cuts.push_back(w.stripes() * part / parts);
     return cuts;
   };
-  return in_parts(batch, w.units() * UNIT, w.stripes(), threads, pool, cut,
-                  [&](const Part& part, float* packed) { ON_PATH(path, product(w, value, x, bias, y, part, packed)); });
+  return in_parts(of, w.units() * UNIT, w.stripes(), cut, [&](const Part& part, float* packed) {
+    ON_PATH(of.path, product(w, value, x, of.bias, y, part, packed));
+  });
 }
 
 }  // namespace
@@ -61,18 +60,15 @@ int multiply(int path, const TwoOfFour& w, const Value* value, const Element* x,
 
 extern "C" {
 
-// `code` and `value` hold PAIRS words and PAIRS times UNIT weights for each unit, 0 where there is no weight; they are
-// `codes` and `values`. `kind` says of what types weights, X and Y are (vectors.h); bias is float, or null. A Status
-// (paths.h).
-int hpcprune_two_of_four(int path, int kind, const uint32_t* code, int64_t codes, const void* value, int64_t values,
-                         const void* x, int64_t batch, int64_t columns, const float* bias, void* y, int64_t rows,
-                         int threads, const hpcprune::Pool* pool) {
+// Of W: `code` and how many words, PAIRS for each unit, for which `value` holds PAIRS times UNIT weights, 0 where there
+// is none. A Status.
+int hpcprune_two_of_four(const hpcprune::Product* of) {
   using namespace hpcprune;
-  const TwoOfFour w{rows, columns, code};
-  if (codes != w.stripes() * w.units() * PAIRS || values != codes * UNIT) return DOES_NOT_FIT;
-  const int useful = threads_for(values / UNIT * batch, threads);
-  return with_types(kind, value, x, y, [&](const auto* weights, const auto* from, auto* to) {
-    return multiply(path, w, weights, from, batch, bias, to, useful, pool);
+  const TwoOfFour w{of->rows, of->columns, of->array<uint32_t>(0)};
+  const int64_t codes = of->matrix[1];
+  if (codes != w.stripes() * w.units() * PAIRS || of->values != codes * UNIT) return DOES_NOT_FIT;
+  return with_types(of->kind, of->value, of->x, of->y, [&](const auto* weights, const auto* from, auto* to) {
+    return multiply(*of, w, weights, from, to);
   });
 }
 }
