@@ -48,9 +48,8 @@ from hpcprune.masks import Masks
 from hpcprune.native.library import describe
 from hpcprune.sparse import sparsify
 from hpcprune.sparse.held import LINEAR, Kernel, fit, hold
-from hpcprune.sparse.ops import survivors_linear
-from hpcprune.sparse.panels import lay_out
-from hpcprune.sparse.training import SparseTraining
+from hpcprune.sparse.ops import blocks_survivors_linear
+from hpcprune.sparse.training import SparseTraining, operator_of
 from hpcprune.survivors import Survivors
 
 
@@ -118,23 +117,24 @@ def products(weights: Tensor, x: Tensor, kernels: Sequence[Kernel]) -> tuple[dic
 
 def gradients(weights: Tensor, x: Tensor) -> tuple[dict[str, Callable[[], object]], Bytes]:
     """Of x and of the weights, of the survivors alone in ours."""
-    rows, columns = weights.shape
-    own, across = (lay_out(bits_of(weights), rows, columns, transposed=transposed) for transposed in (False, True))
-    layouts = (own.layout, own.order, across.layout, across.order)
+    operator, layouts = operator_of(bits_of(weights), weights)
+    kernel: Kernel = "blocks" if operator is blocks_survivors_linear else "panels"
     survivors, dense = weights[weights != 0].requires_grad_(), weights.clone().requires_grad_()
-    x, given = x.requires_grad_(), torch.randn(x.shape[0], rows)
-    y = survivors_linear(x, survivors, None, *layouts, rows)
+    x, given = x.requires_grad_(), torch.randn(x.shape[0], weights.shape[0])
+    y = operator(x, survivors, None, *layouts)
     y_dense = functional.linear(x, dense)
+    held = sum(each.nbytes for each in (*layouts, survivors, survivors) if isinstance(each, Tensor))
     return {
-        "panels": lambda: torch.autograd.grad(y, (x, survivors), given, retain_graph=True),
+        kernel: lambda: torch.autograd.grad(y, (x, survivors), given, retain_graph=True),
         "F.linear": lambda: torch.autograd.grad(y_dense, (x, dense), given, retain_graph=True),
-    }, {"panels": sum(tensor.nbytes for tensor in (*layouts, survivors, survivors))}
+    }, {kernel: held}
 
 
 def layers(args: argparse.Namespace) -> None:
     """Single layers: forward, or both gradients."""
     pattern, sparsities = CONTENDERS[args.pattern], [0.5] if args.pattern == "2:4" else args.sparsity
-    names = ["panels", "F.linear"] if args.backward else [*pattern.kernels, "F.linear", *(pattern.peers * args.peers)]
+    own = ["blocks" if args.pattern == "blocks" else "panels"]
+    names = [*own, "F.linear"] if args.backward else [*pattern.kernels, "F.linear", *(pattern.peers * args.peers)]
     for threads in args.threads:
         torch.set_num_threads(threads)
         multiply, read = measure_peaks(threads)

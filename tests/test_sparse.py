@@ -1,4 +1,4 @@
-"""Sparse operators against torch's dense ones, and the choice of where they run."""
+"""Sparse modules against the dense ones of which they are made."""
 
 from __future__ import annotations
 
@@ -7,118 +7,17 @@ from typing import Any, get_args
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
 import hpcprune
 from hpcprune.masks import Masks
 from hpcprune.sparse import SparseConv2d, SparseLinear
-from hpcprune.sparse.held import Kernel, hold
+from hpcprune.sparse.held import Kernel
 from hpcprune.sparse.kernels import SparseError
 from hpcprune.sparse.modules import sparse_module
-from hpcprune.sparse.ops import panels_linear, survivors_linear
-from hpcprune.sparse.panels import lay_out
-from tests.kernels.test_products import bits_of, laid_out
+from tests.kernels.test_products import bits_of
 
 ROWS, COLUMNS = 70, 300
 KERNELS = get_args(Kernel)
-
-
-@pytest.fixture
-def weights() -> Tensor:
-    torch.manual_seed(0)
-    return torch.randn(ROWS, COLUMNS) * (torch.rand(ROWS, COLUMNS) < 0.2)
-
-
-def operands(weights: Tensor) -> tuple[Any, ...]:
-    """What `survivors_linear` takes, from x on; the first three have a gradient."""
-    bits = bits_of(weights)
-    own, across = lay_out(bits, ROWS, COLUMNS), lay_out(bits, ROWS, COLUMNS, transposed=True)
-    x, bias = torch.randn(2, 5, COLUMNS, requires_grad=True), torch.randn(ROWS, requires_grad=True)
-    survivors = weights[weights != 0].requires_grad_()
-    return x, survivors, bias, own.layout, own.order, across.layout, across.order, ROWS
-
-
-def dense_gradients(weights: Tensor, given: tuple[Any, ...]) -> list[Tensor]:
-    x, dense, bias = (each.detach().clone().requires_grad_() for each in (given[0], weights, given[2]))
-    functional.linear(x, dense, bias).square().sum().backward()
-    return [x.grad, dense.grad[weights != 0], bias.grad]  # type: ignore[index, list-item]
-
-
-# Operators
-
-
-def test_gradients_are_those_of_the_dense_layer(weights: Tensor) -> None:
-    given = operands(weights)
-    survivors_linear(*given).square().sum().backward()
-    for own, dense in zip(given[:3], dense_gradients(weights, given), strict=True):
-        torch.testing.assert_close(own.grad, dense, rtol=1e-5, atol=1e-4)
-
-
-@pytest.mark.parametrize("needed", range(3))
-def test_only_what_is_needed_gets_a_gradient(weights: Tensor, needed: int) -> None:
-    given = operands(weights)
-    for i in range(3):
-        given[i].requires_grad_(i == needed)
-    survivors_linear(*given).square().sum().backward()
-    assert [each.grad is not None for each in given[:3]] == [i == needed for i in range(3)]
-    torch.testing.assert_close(given[needed].grad, dense_gradients(weights, given)[needed], rtol=1e-5, atol=1e-4)
-
-
-def held_of(kernel: Kernel, dtype: torch.dtype) -> list[Tensor]:
-    mask = mask_for(kernel, ROWS, COLUMNS)
-    return [*hold(kernel, bits_of(mask), ROWS, COLUMNS, torch.randn(int(mask.sum())).to(dtype)).values()]
-
-
-def test_torch_finds_nothing_wrong_with_the_operators(weights: Tensor) -> None:
-    given, ops = operands(weights), torch.ops.hpcprune
-    x, survivors, bias, layout, order, *_ = (each.detach() if isinstance(each, Tensor) else each for each in given)
-    images, (of_images, convolved) = torch.randn(2, 30, 9, 11), laid_out(weights)
-    gradient = torch.randn(2, 5, ROWS)
-    for operator, arguments in (
-        (ops.survivors_linear, given),
-        *(
-            (getattr(ops, f"{kernel}_linear"), (x, *held_of(kernel, dtype), each, ROWS))
-            for kernel in KERNELS
-            for each in (bias, None)
-            for dtype in (torch.float32, torch.bfloat16)
-        ),
-        (ops.panels_conv2d, (images, of_images.layout, convolved, bias, ROWS, [2, 5], [1, 2], [0, 1], [2, 1])),
-        (ops.panels_refill, (order, survivors)),
-        (ops.panels_sampled, (x, gradient, layout, order, len(survivors))),
-    ):
-        assert set(torch.library.opcheck(operator.default, arguments).values()) == {"SUCCESS"}
-
-
-def test_they_compile_into_one_graph(weights: Tensor) -> None:
-    given = operands(weights)
-    compiled = torch.compile(lambda *of: survivors_linear(*of).relu() * 2, fullgraph=True, backend="aot_eager")
-    torch.testing.assert_close(compiled(*given), survivors_linear(*given).relu() * 2)
-    compiled(*given).square().sum().backward()
-    own = [each.grad.clone() for each in given[:3]]
-    for each in given[:3]:
-        each.grad = None
-    (survivors_linear(*given).relu() * 2).square().sum().backward()
-    for gradient, each in zip(own, given[:3], strict=True):
-        torch.testing.assert_close(gradient, each.grad)
-
-
-def test_other_dtypes_are_refused(weights: Tensor) -> None:
-    layout, value = laid_out(weights)
-    with pytest.raises(
-        hpcprune.HpcpruneError,
-        match=r"W is torch\.float32 and x is torch\.float64; sparse products take float32 and bfloat16",
-    ):
-        panels_linear(torch.randn(3, COLUMNS).double(), layout.layout, value, None, ROWS)
-    with pytest.raises(
-        hpcprune.HpcpruneError,
-        match=r"W is torch\.float16 and x is torch\.float32; sparse products take float32 and bfloat16",
-    ):
-        panels_linear(torch.randn(3, COLUMNS), layout.layout, value.half(), None, ROWS)
-    with pytest.raises(hpcprune.HpcpruneError, match=r"W is torch\.float64; sparse products take float32 and bfloat16"):
-        survivors_linear(*(each.double() if i == 1 else each for i, each in enumerate(operands(weights))))
-
-
-# Modules
 
 
 def prune_to(module: nn.Module, sparsity: float = 0.8) -> Masks:

@@ -22,6 +22,7 @@ from hpcprune.sparse.training import faster_layers
 from hpcprune.survivors import Survivors
 from hpcprune.train import Trainer
 from hpcprune.world import World
+from tests.test_sparse import mask_for
 from tests.training import Begun, Small, begin
 
 NAMES = ["0.weight", "2.weight"]
@@ -37,6 +38,18 @@ class Single(Small):
         return model(batch[0].float())
 
 
+class Blocks(Single):
+    """Whole blocks of weights are there, the others zero."""
+
+    def model(self) -> nn.Module:
+        torch.manual_seed(2)
+        model = nn.Sequential(nn.Linear(6, 48), nn.ReLU(), nn.Linear(48, 40), nn.ReLU(), nn.Linear(40, 4))
+        with torch.no_grad():
+            for layer in model[::2]:
+                layer.weight *= mask_for("blocks", *layer.weight.shape)
+        return model
+
+
 def start(model: nn.Module, masks: Masks, sparse: list[str], task: Small | None = None, **more: Any) -> Begun:
     survivors = Survivors(model, masks, sparse=sparse)
     return begin(task or Single(), masks=masks, model=model, survivors=survivors, more=more)
@@ -45,7 +58,8 @@ def start(model: nn.Module, masks: Masks, sparse: list[str], task: Small | None 
 def both(task: Small, sparse: list[str], **more: Any) -> tuple[Begun, Begun]:
     """A training with sparse layers, and one without."""
     model = task.model()
-    masks = hpcprune.prune(model, 0.7)
+    linear = torch.cat([layer.weight.flatten() for layer in model if isinstance(layer, nn.Linear)])
+    masks = hpcprune.prune(model, max(0.7, float((linear == 0).double().mean())))
     dense = copy.deepcopy(model)
     return start(model, masks, sparse, task, **more), start(dense, masks, [], task, **more)
 
@@ -66,6 +80,20 @@ def test_steps_are_those_of_dense_layers(sparse: list[str], more: dict[str, Any]
     for name, value in state.items():
         torch.testing.assert_close(value, others[name], rtol=1e-3, atol=1e-5)
     torch.testing.assert_close(weights(ours.model), weights(theirs.model), rtol=1e-3, atol=1e-5)
+
+
+def test_whole_blocks_train_as_such(monkeypatch: pytest.MonkeyPatch) -> None:
+    products = []
+    own = training.blocks_survivors_linear
+    monkeypatch.setattr(training, "blocks_survivors_linear", lambda *of: products.append(of[0].shape) or own(*of))
+    ours, theirs = both(Blocks(), ["0.weight", "2.weight", "4.weight"])
+    for number in range(5):
+        ours_now, theirs_now = (begun.trainer.step(number, False) for begun in (ours, theirs))
+        assert ours_now.loss == pytest.approx(theirs_now.loss, rel=1e-4)
+    for begun in (ours, theirs):
+        begun.trainer.close()
+    torch.testing.assert_close(weights(ours.model), weights(theirs.model), rtol=1e-3, atol=1e-5)
+    assert len(products) == 5 * 3
 
 
 def test_the_dense_weights_are_up_to_date_when_they_are_looked_at() -> None:

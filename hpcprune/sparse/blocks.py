@@ -86,9 +86,7 @@ def multiply(x: Tensor, start: Tensor, column: Tensor, value: Tensor, bias: Tens
     """
     matrix = value.shape[-1], start.data_ptr(), start.numel(), column.data_ptr(), column.numel()
     shape = x.shape
-    return kernels.multiply(
-        "hpcprune_blocks_product", matrix, value, x, shape, bias, x.new_empty(shape[0], rows), rows
-    )
+    return kernels.multiply("hpcprune_blocks_product", matrix, value, x, shape, bias, x.new_empty(shape[0], rows), rows)
 
 
 def sampled(x: Tensor, gradient: Tensor, start: Tensor, column: Tensor, order: Tensor, survivors: int) -> Tensor:

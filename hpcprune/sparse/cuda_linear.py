@@ -20,7 +20,7 @@ from hpcprune.packing import survivors_of
 from hpcprune.sparse import bitmap_tiles, bsr, csr
 from hpcprune.sparse.cuda_ops import bitmap_tiles_linear, bsr_linear, csr_linear
 from hpcprune.sparse.kernels import FLOATS, SparseError
-from hpcprune.sparse.operators import autocast, check_last
+from hpcprune.sparse.operators import autocast, check_last, seen_called
 from hpcprune.sparse.patterns import side_of_blocks, two_of_four
 
 __all__ = ["CudaKernel", "CudaLinear", "kernels_to_try"]
@@ -73,6 +73,7 @@ class CudaLinear(nn.Module):
             bias = None if bias is None else bias.float()
             self._lay_out(weight, bits, kernel)
         self.register_buffer("bias", bias)
+        self.register_forward_pre_hook(seen_called)
         self.bias: Tensor | None
 
     def _lay_out(self, weight: Tensor, bits: Bits, kernel: CudaKernel) -> None:

@@ -12,7 +12,7 @@ from hpcprune.packing import survivors_of
 from hpcprune.sparse.cuda_linear import CudaKernel, CudaLinear
 from hpcprune.sparse.held import LINEAR, Bits, Kernel, hold
 from hpcprune.sparse.kernels import FLOATS, SparseError
-from hpcprune.sparse.operators import autocast, check_last
+from hpcprune.sparse.operators import autocast, check_last, seen_called
 from hpcprune.sparse.ops import panels_conv2d
 from hpcprune.sparse.panels import Geometry
 
@@ -53,6 +53,7 @@ class SparseLinear(_Sparse):
     def __init__(self, dense: nn.Linear, bits: Bits, kernel: Kernel) -> None:
         super().__init__(dense, bits, kernel)
         self.in_features, self.out_features = dense.in_features, dense.out_features
+        self.register_forward_pre_hook(seen_called)
 
     def forward(self, input: Tensor) -> Tensor:
         check_last(input, self.columns)

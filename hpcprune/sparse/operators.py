@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from hpcprune.sparse.kernels import FLOATS, SparseError
 
@@ -27,6 +27,10 @@ def check_last(x: Tensor, columns: int) -> None:
     """Raise SparseError where x is not [..., columns]: a kernel would read what is not x's."""
     if x.dim() == 0 or x.shape[-1] != columns:
         raise SparseError(f"the input is {[*x.shape]}; a layer of {columns} inputs takes [..., {columns}]")
+
+
+def seen_called(module: nn.Module, arguments: tuple[Any, ...]) -> None:
+    """A hook that does nothing: with it torch's fused layers call a layer, where they else read its dense weight."""
 
 
 def flat(x: Tensor) -> Tensor:

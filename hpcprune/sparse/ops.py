@@ -2,8 +2,8 @@
 
 They are registered with torch.library, so that autograd, torch.compile and fake tensors know them. Those named after
 how a matrix is held (`panels_linear`, `bitmap_linear`, `blocks_linear`, `two_of_four_linear`, `panels_conv2d`) are for
-inference: they know no gradient, and so take no detour. `survivors_linear` is for training: its weights are the packed
-survivors, and so is their gradient.
+inference: a gradient is refused. `panels_survivors_linear` and `blocks_survivors_linear` are for training: their
+weights are the packed survivors, and so is their gradient.
 """
 
 from __future__ import annotations
@@ -26,14 +26,15 @@ from hpcprune.sparse.operators import (
     refuse_gradients,
     shaped,
 )
-from hpcprune.sparse.panels import Geometry, convolve, refill, sampled
+from hpcprune.sparse.panels import Geometry, convolve, refill
 
 __all__ = [
     "bitmap_linear",
     "blocks_linear",
+    "blocks_survivors_linear",
     "panels_conv2d",
     "panels_linear",
-    "survivors_linear",
+    "panels_survivors_linear",
     "two_of_four_linear",
 ]
 
@@ -73,21 +74,42 @@ def _conv2d(x: Tensor, layout: Tensor, value: Tensor, bias: Tensor | None, rows:
     return product.view(*x.shape[:-3], *product.shape[-3:])
 
 
-def _sampled(x: Tensor, gradient: Tensor, layout: Tensor, order: Tensor, survivors: int) -> Tensor:
-    return sampled(flat(x), flat(gradient.to(x.dtype)), layout, order, survivors)
+def _sampled(sampled: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """The operator by a kernel's `sampled`, likewise."""
+
+    def of_survivors(x: Tensor, gradient: Tensor, *operands: Any) -> Tensor:
+        return sampled(flat(x), flat(gradient.to(x.dtype)), *operands)
+
+    return of_survivors
 
 
-def _survivors_linear(
-    x: Tensor,
-    survivors: Tensor,
-    bias: Tensor | None,
-    layout: Tensor,
-    order: Tensor,
-    layout_t: Tensor,
-    order_t: Tensor,
-    rows: int,
-) -> Tensor:
-    return _LINEAR["panels"].compute(x, layout, refill(order, survivors), bias, rows)
+class _Trains(NamedTuple):
+    """A kernel that trains: the tensors of its layouts before `order`, and the gradient of the survivors."""
+
+    tensors: tuple[str, ...]
+    sampled: Callable[..., Tensor]
+
+    @property
+    def arguments(self) -> str:
+        """Of an operator, for a layout."""
+        return ", ".join(f"Tensor {name}" for name in (*self.tensors, "order"))
+
+
+_TRAINS = {
+    "panels": _Trains(("layout",), _sampled(panels.sampled)),
+    "blocks": _Trains(("start", "column"), _sampled(blocks.sampled)),
+}
+
+
+def _survivors_linear(kernel: str) -> Callable[..., Tensor]:
+    """The operator (x, survivors, bias, W's layout, W^T's layout, rows), layouts with their order."""
+    linear, tensors = _LINEAR[kernel].compute, len(_TRAINS[kernel].tensors)
+
+    def product(x: Tensor, survivors: Tensor, bias: Tensor | None, *layouts: Any) -> Tensor:
+        own, order, rows = layouts[:tensors], layouts[tensors], layouts[-1]
+        return linear(x, *own, refill(order, survivors), bias, rows)
+
+    return product
 
 
 def _product_like(x: Tensor, *operands: Any) -> Tensor:
@@ -104,26 +126,38 @@ def _value_like(order: Tensor, survivors: Tensor) -> Tensor:
     return survivors.new_empty(order.shape)
 
 
-def _gradient_like(x: Tensor, gradient: Tensor, layout: Tensor, order: Tensor, survivors: int) -> Tensor:
-    return x.new_empty(survivors, dtype=torch.float32)
+def _gradient_like(x: Tensor, *operands: Any) -> Tensor:
+    return x.new_empty(operands[-1], dtype=torch.float32)
 
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    x, survivors, bias, layout, order, layout_t, order_t, _ = inputs
-    ctx.save_for_backward(x, survivors, bias, layout, order, layout_t, order_t)
+    *tensors, _ = inputs
+    ctx.save_for_backward(*tensors)
 
 
-def _backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-    x, survivors, bias, layout, order, layout_t, order_t = ctx.saved_tensors
-    needs_x, needs_survivors, needs_bias, *_ = ctx.needs_input_grad
-    of_x = of_survivors = of_its_bias = None
-    if needs_x:
-        of_x = panels_linear(gradient, layout_t, _refill_panels(order_t, survivors), None, x.shape[-1])
-    if needs_survivors:
-        of_survivors = _sampled_panels(x, gradient, layout, order, survivors.shape[0]).to(survivors.dtype)
-    if needs_bias:
-        of_its_bias = of_bias(gradient, bias)
-    return of_x, of_survivors, of_its_bias, None, None, None, None, None
+def _backward(kernel: str) -> Callable[..., tuple[Tensor | None, ...]]:
+    """Of `_survivors_linear`."""
+    linear, of_weights = _called_linear(kernel), called(f"{kernel}_sampled", _TRAINS[kernel].sampled, 0)
+    refilled = called("refill", refill, 0)
+
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        x, survivors, bias, *layouts = ctx.saved_tensors
+        needs_x, needs_survivors, needs_bias, *_ = ctx.needs_input_grad
+        own, (*across, order) = layouts[: len(layouts) // 2], layouts[len(layouts) // 2 :]
+        of_x = of_survivors = of_its_bias = None
+        if needs_x:
+            of_x = linear(gradient, *across, refilled(order, survivors), None, x.shape[-1])
+        if needs_survivors:
+            of_survivors = of_weights(x, gradient, *own, survivors.shape[0]).to(survivors.dtype)
+        if needs_bias:
+            of_its_bias = of_bias(gradient, bias)
+        return of_x, of_survivors, of_its_bias, *[None] * (len(layouts) + 1)
+
+    return backward
+
+
+def _called_linear(kernel: str) -> Callable[..., Tensor]:
+    return called(f"{kernel}_linear", _LINEAR[kernel].compute, -3)
 
 
 OPERATORS: tuple[Operator, ...] = (
@@ -141,32 +175,44 @@ OPERATORS: tuple[Operator, ...] = (
         _conv2d,
         _conv2d_like,
     ),
-    ("panels_refill(Tensor order, Tensor survivors) -> Tensor", refill, _value_like),
-    (
-        "panels_sampled(Tensor x, Tensor gradient, Tensor layout, Tensor order, int survivors) -> Tensor",
-        _sampled,
-        _gradient_like,
+    ("refill(Tensor order, Tensor survivors) -> Tensor", refill, _value_like),
+    *(
+        (
+            f"{kernel}_sampled(Tensor x, Tensor gradient, {trains.arguments}, int survivors) -> Tensor",
+            trains.sampled,
+            _gradient_like,
+        )
+        for kernel, trains in _TRAINS.items()
     ),
-    (
-        "survivors_linear(Tensor x, Tensor survivors, Tensor? bias, Tensor layout, Tensor order, Tensor layout_t, "
-        "Tensor order_t, int rows) -> Tensor",
-        _survivors_linear,
-        _product_like,
+    *(
+        (
+            f"{kernel}_survivors_linear(Tensor x, Tensor survivors, Tensor? bias, {trains.arguments}, "
+            f"{trains.arguments.replace(',', '_t,')}_t, int rows) -> Tensor",
+            _survivors_linear(kernel),
+            _product_like,
+        )
+        for kernel, trains in _TRAINS.items()
     ),
 )
 _torch: Any = torch.library  # it has no types
 _library = _torch.Library("hpcprune", "DEF")
 define(_library, OPERATORS)
 compute_on(_library, OPERATORS, "CPU")
-_torch.register_autograd("hpcprune::survivors_linear", _backward, setup_context=_keep)
-
-_WITHOUT_GRADIENT = ("panels_conv2d", "panels_refill", "panels_sampled", *(f"{kernel}_linear" for kernel in _LINEAR))
-refuse_gradients(_library, _WITHOUT_GRADIENT)
-
+refuse_gradients(
+    _library,
+    (
+        "panels_conv2d",
+        "refill",
+        *(f"{kernel}_linear" for kernel in _LINEAR),
+        *(f"{kernel}_sampled" for kernel in _TRAINS),
+    ),
+)
+for _kernel in _TRAINS:
+    _torch.register_autograd(f"hpcprune::{_kernel}_survivors_linear", _backward(_kernel), setup_context=_keep)
 
 panels_conv2d = torch.ops.hpcprune.panels_conv2d
-survivors_linear = torch.ops.hpcprune.survivors_linear
-bitmap_linear, blocks_linear, panels_linear, two_of_four_linear = (
-    called(f"{kernel}_linear", _LINEAR[kernel].compute, -3) for kernel in ("bitmap", "blocks", "panels", "two_of_four")
+panels_survivors_linear = torch.ops.hpcprune.panels_survivors_linear
+blocks_survivors_linear = torch.ops.hpcprune.blocks_survivors_linear
+bitmap_linear, blocks_linear, panels_linear, two_of_four_linear = map(
+    _called_linear, ("bitmap", "blocks", "panels", "two_of_four")
 )
-_refill_panels, _sampled_panels = called("panels_refill", refill, 0), called("panels_sampled", _sampled, 0)

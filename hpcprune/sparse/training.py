@@ -16,19 +16,20 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from hpcprune.masks import Masks
+from hpcprune.native import launching
 from hpcprune.packing import Bits, Packed, survivors_of
-from hpcprune.sparse import csr
+from hpcprune.sparse import blocks, bsr, csr, panels
 from hpcprune.sparse.choose import Call, time_in_turns, watched_inputs
-from hpcprune.sparse.cuda_ops import csr_survivors_linear
+from hpcprune.sparse.cuda_ops import bsr_survivors_linear, csr_survivors_linear
 from hpcprune.sparse.kernels import FLOATS, SparseError
 from hpcprune.sparse.layers import need_kernels_for, pruned_layers
 from hpcprune.sparse.modules import on_gpu
 from hpcprune.sparse.operators import autocast, check_last
-from hpcprune.sparse.ops import survivors_linear
-from hpcprune.sparse.panels import lay_out
+from hpcprune.sparse.ops import blocks_survivors_linear, panels_survivors_linear
+from hpcprune.sparse.patterns import side_of_blocks
 from hpcprune.survivors import Segment, Survivors
 
-__all__ = ["SparseTraining", "faster_layers"]
+__all__ = ["SparseTraining", "faster_layers", "operator_of"]
 
 MARGIN = 0.9  # of the dense layer's time, below which sparse counts as faster
 
@@ -81,31 +82,41 @@ class _TrainsSparse(nn.Linear):
 
 def _product_with(bits: Bits, layer: nn.Linear) -> Callable[[Tensor, Tensor | None, Tensor], Tensor]:
     """The layer's product as a function of its survivors, its bias and x."""
-    if on_gpu(layer):
-        return _on_gpu(bits, layer)
-    rows, columns = layer.weight.shape
-    own, across = lay_out(bits, rows, columns), lay_out(bits, rows, columns, transposed=True)
+    operator, layouts = operator_of(bits, layer.weight.detach())
 
     def product(survivors: Tensor, bias: Tensor | None, x: Tensor) -> Tensor:
-        layouts = (own.layout, own.order, across.layout, across.order)
-        check_last(x, columns)
-        found: Tensor = survivors_linear(autocast(x, survivors.dtype), survivors, bias, *layouts, own.rows)
+        check_last(x, layer.in_features)
+        found: Tensor = operator(autocast(x, survivors.dtype), survivors, bias, *layouts)
         return found
 
     return product
 
 
-def _on_gpu(bits: Bits, layer: nn.Linear) -> Callable[[Tensor, Tensor | None, Tensor], Tensor]:
-    """As CSR; never run on a GPU, but by the emulator."""
-    (rows, columns), device = layer.weight.shape, layer.weight.device
-    own, across = (csr.lay_out(bits, rows, columns, device, transposed=way) for way in (False, True))
+def operator_of(bits: Bits, weight: Tensor) -> tuple[Any, tuple[Any, ...]]:
+    """The operator that trains a layer of such a weight, and its operands after the bias: the layouts of W and W^T."""
+    if weight.device.type == launching.DEVICE:
+        return _operator_on_gpu(bits, weight)
+    rows, columns = weight.shape
+    side = side_of_blocks(bits, rows, columns)
+    if side is None:
+        own, across = (panels.lay_out(bits, rows, columns, transposed=way) for way in (False, True))
+        return panels_survivors_linear, (own.layout, own.order, across.layout, across.order, rows)
+    cut, turned = (blocks.lay_out(bits, rows, columns, side, transposed=way) for way in (False, True))
+    layouts = cut.start, cut.column, cut.order, turned.start, turned.column, turned.order
+    return blocks_survivors_linear, (*layouts, rows)
 
-    def product(survivors: Tensor, bias: Tensor | None, x: Tensor) -> Tensor:
-        layouts = (own.start, own.column, own.row_order, across.start, across.column, across.row_order, across.order)
-        found: Tensor = csr_survivors_linear(autocast(x, survivors.dtype), survivors, bias, *layouts)
-        return found
 
-    return product
+def _operator_on_gpu(bits: Bits, weight: Tensor) -> tuple[Any, tuple[Any, ...]]:
+    """Never run on a GPU, but by the emulator."""
+    (rows, columns), device = weight.shape, weight.device
+    side = side_of_blocks(bits, rows, columns) if weight.dtype == torch.bfloat16 else None
+    if side is None:
+        own, across = (csr.lay_out(bits, rows, columns, device, transposed=way) for way in (False, True))
+        lines = own.start, own.column, own.row_order, across.start, across.column, across.row_order
+        return csr_survivors_linear, (*lines, across.order)
+    cut, turned = (bsr.lay_out(bits, rows, columns, side, device, transposed=way) for way in (False, True))
+    layouts = cut.start, cut.row, cut.column, cut.order, turned.start, turned.column, turned.order
+    return bsr_survivors_linear, (*layouts, rows, columns)
 
 
 def faster_layers(model: nn.Module, masks: Masks, step: Callable[[], object]) -> list[str]:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 import hpcprune
 from hpcprune.sparse import training
 from hpcprune.sparse.training import faster_layers
-from tests.test_sparse_training import NAMES, Single, both, told, weights
+from tests.test_sparse_training import NAMES, Blocks, Single, both, told, weights
 
 
 class There(Single):
@@ -63,6 +63,34 @@ def test_autocast_computes_in_bfloat16(task: There, products: list[torch.dtype])
         own, other = (begun.trainer.step(number, False) for begun in (ours, theirs))
         assert own.loss == pytest.approx(other.loss, rel=2e-2)
     assert set(products) == {torch.bfloat16}
+
+
+class HalfBlocks(Blocks):
+    """In bfloat16, on a device."""
+
+    def __init__(self, device: torch.device) -> None:
+        super().__init__()
+        self.device = device
+
+    def model(self) -> nn.Module:
+        return super().model().to(self.device, torch.bfloat16)
+
+    def predict(self, model: nn.Module, batch: Any) -> Any:
+        return model(batch[0].bfloat16())
+
+
+def test_whole_blocks_of_bfloat16_train_as_such(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    products = []
+    own = training.bsr_survivors_linear
+    monkeypatch.setattr(training, "bsr_survivors_linear", lambda *of: products.append(of[0].shape) or own(*of))
+    ours, theirs = both(HalfBlocks(device), ["0.weight", "2.weight", "4.weight"])
+    for number in range(3):
+        ours_now, theirs_now = (begun.trainer.step(number, False) for begun in (ours, theirs))
+        assert ours_now.loss == pytest.approx(theirs_now.loss, rel=2e-2)
+    for begun in (ours, theirs):
+        begun.trainer.close()
+    torch.testing.assert_close(weights(ours.model), weights(theirs.model), rtol=2e-2, atol=2e-2)
+    assert len(products) == 3 * 3
 
 
 def test_layers_that_are_faster_by_themselves_are_found(
