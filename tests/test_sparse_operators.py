@@ -126,15 +126,19 @@ def test_other_dtypes_are_refused(weights: Tensor) -> None:
 
 
 def shorter(operands: Sequence[Any], which: int) -> list[Any]:
-    """Operands of which one is not as long as it should be: images in channels, others in their last dimension."""
+    """Operands of which one is not as long as it should be: images in channels, others in their last dimension.
+
+    By 20, since what is held in sixteens does not know where within the last a matrix ends.
+    """
     found, longer = list(operands), operands[which]
     dimension = 1 if longer.dim() == 4 else longer.dim() - 1
-    found[which] = longer.narrow(dimension, 0, longer.shape[dimension] - 1).contiguous()
+    found[which] = longer.narrow(dimension, 0, max(0, longer.shape[dimension] - 20)).contiguous()
     return found
 
 
 @pytest.mark.parametrize("kernel", KERNELS)
 def test_operands_that_do_not_fit_are_refused(kernel: Kernel) -> None:
+    torch.manual_seed(0)
     given = [torch.randn(3, COLUMNS), *held_of(kernel, torch.float32), torch.randn(ROWS), ROWS]
     LINEAR[kernel](*given)
     for which in range(len(given) - 1):
@@ -152,7 +156,7 @@ def test_images_and_gradients_that_do_not_fit_are_refused(weights: Tensor, train
         with pytest.raises(SparseError, match="do not fit"):
             panels_conv2d(*given, *geometry)
     with pytest.raises(SparseError, match="do not fit"):
-        panels_conv2d(*images, [2, 5], [0, 2], [0, 1], [2, 1])
+        panels_conv2d(*images, [2, 5], [1, 2], [0, 1], [0, 1])
     operator, x, survivors, _, *layouts = operands(trained)
     sampled = getattr(torch.ops.hpcprune, operator.__name__.replace("survivors_linear", "sampled"))
     layout, count = layouts[: len(layouts) // 2], len(survivors)
@@ -181,6 +185,7 @@ def test_a_second_derivative_is_refused(trained: Tensor) -> None:
         gradient.square().sum().backward()
 
 
+@pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning")
 @pytest.mark.parametrize("kernel", KERNELS)
 def test_who_listens_to_torch_hears_of_products(kernel: Kernel) -> None:
     """They go past the dispatcher only where nobody does."""

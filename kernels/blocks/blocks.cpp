@@ -43,11 +43,14 @@ struct Blocks {
   int64_t block_rows() const { return (rows + side - 1) / side; }
   int64_t block_columns() const { return (columns + side - 1) / side; }
 
-  // Whether there are as many starts, blocks and weights as such a matrix has; else products would read what is not
-  // there.
+  // Whether there are as many starts, blocks and weights as such a matrix has, and none beyond its edge; else products
+  // would read what is not there.
   bool fits(int64_t starts, int64_t blocks, int64_t weights) const {
-    return (side == 16 || side == 32 || side == 64) && starts == block_rows() + 1 && blocks == start[starts - 1] &&
-           weights == blocks * side * side;
+    if (side != 16 && side != 32 && side != 64) return false;
+    if (starts != block_rows() + 1 || blocks != start[starts - 1] || weights != blocks * side * side) return false;
+    for (int64_t row = 0; row + 1 < starts; ++row)
+      if (start[row] < start[row + 1] && column[start[row + 1] - 1] >= block_columns()) return false;
+    return true;
   }
 
   // The weights within the matrix's edges.
