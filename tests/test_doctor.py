@@ -191,6 +191,9 @@ def test_where_gpus_are_the_kernels_for_them_are_told(monkeypatch: pytest.Monkey
     monkeypatch.setenv("HPCPRUNE_CUDA", "off")
     (finding,) = machine.check_cuda(World.alone())
     assert finding.status == "ok" and "kernels none: turned off by HPCPRUNE_CUDA=off" in finding.found
+    monkeypatch.setenv("HPCPRUNE_CUDA", "/no/such/file")
+    (finding,) = machine.check_cuda(World.alone())
+    assert finding.status == "warn" and finding.fix.startswith("HPCPRUNE_CUDA=/no/such/file: ")
 
 
 # Launchers

@@ -13,6 +13,7 @@ import numpy as np
 
 from hpcprune.doctor.command import answer
 from hpcprune.doctor.finding import Finding
+from hpcprune.errors import HpcpruneError
 from hpcprune.native.library import COMPILERS
 from hpcprune.version import __version__
 from hpcprune.world import World, threads_of_a_rank
@@ -72,10 +73,16 @@ def check_cuda(world: World) -> list[Finding]:
     """The GPUs that torch sees, and which kernels of ours there are for them."""
     import torch
 
-    from hpcprune.native.cuda import describe
+    from hpcprune.native.cuda import UnavailableError, describe, library
 
     if torch.cuda.is_available():
         names = ", ".join(torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count()))
+        try:
+            library()
+        except UnavailableError:
+            pass  # there need not be one; `describe` says why there is none
+        except HpcpruneError as error:
+            return [Finding("warn", "CUDA", f"{torch.version.cuda}: {names}; no kernels", str(error))]
         return [Finding("ok", "CUDA", f"{torch.version.cuda}: {names}; kernels {describe()}")]
     if torch.version.cuda is None:
         why = "this torch is built for the CPU (an NVIDIA GPU needs another: https://pytorch.org/get-started)"
