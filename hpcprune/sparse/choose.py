@@ -7,6 +7,7 @@ is given by the model; and the model as a whole is timed after that, and left de
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -18,10 +19,11 @@ from torch import Tensor, nn
 
 from hpcprune.masks import Masks
 from hpcprune.sparse.cuda_linear import CudaKernel, kernels_to_try
+from hpcprune.sparse.geometry import Geometry
 from hpcprune.sparse.held import Bits, Kernel, fit
 from hpcprune.sparse.kernels import FLOATS, SparseError
 from hpcprune.sparse.layers import check_zeros, masks_of_dense, need_kernels_for, pruned_layers
-from hpcprune.sparse.modules import on_gpu, sparse_module
+from hpcprune.sparse.modules import is_plain_convolution, on_gpu, sparse_module
 
 __all__ = ["Call", "Choice", "Sparsified", "sparsify", "time_in_turns", "watched_inputs"]
 
@@ -155,11 +157,18 @@ def _choose(
 
 
 def _kernels_to_try(dense: nn.Module, bits: Bits, calls: Sequence[Call]) -> Sequence[Kernel | CudaKernel]:
-    if on_gpu(dense):
-        return kernels_to_try(dense, bits, [call.x for call in calls]) if isinstance(dense, nn.Linear) else ()
-    if not isinstance(dense, nn.Linear):
-        return ("panels",)
-    return fit(bits, dense.out_features, dense.in_features, max(call.x[..., 0].numel() for call in calls))
+    if is_plain_convolution(dense):
+        if not on_gpu(dense):
+            return ("panels",)
+        geometry = Geometry.of(dense)
+        samples = max(call.x[..., 0, 0, 0].numel() * math.prod(geometry.out(call.x.shape[-2:])) for call in calls)
+    elif isinstance(dense, nn.Linear):
+        samples = max(call.x[..., 0].numel() for call in calls)
+        if not on_gpu(dense):
+            return fit(bits, dense.out_features, dense.in_features, samples)
+    else:
+        return ()
+    return kernels_to_try(dense.weight.flatten(1), bits, {call.x.dtype for call in calls}, samples)
 
 
 def _rows(layers: Mapping[str, nn.Module], samples: int) -> dict[str, list[Call]]:

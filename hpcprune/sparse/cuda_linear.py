@@ -6,7 +6,7 @@ run on a GPU: tests run it with the emulator, but for 2:4, which is torch's own 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection
 from typing import Literal
 
 import numpy as np
@@ -32,14 +32,17 @@ FEW = 64  # rows of X at a time, up to which tensor cores wait for the weights a
 SEMI_STRUCTURED = 32, 64  # what torch wants rows and columns of bfloat16 to be multiples of
 
 
-def kernels_to_try(dense: nn.Linear, bits: Bits, calls: Sequence[Tensor]) -> list[CudaKernel]:
-    """The kernels that can do what a layer on a GPU does, for such inputs."""
-    weight = dense.weight
+def kernels_to_try(weight: Tensor, bits: Bits, dtypes: Collection[torch.dtype], samples: int) -> list[CudaKernel]:
+    """The kernels that can do what a layer on a GPU does.
+
+    Args:
+        weight: [rows, columns]. dtypes: of its inputs. samples: rows of X at most at once.
+    """
     if weight.dtype not in FLOATS:
         return []
     found: list[CudaKernel] = ["csr"]
-    if weight.dtype == torch.bfloat16 and all(call.dtype == torch.bfloat16 for call in calls):
-        if all(call[..., 0].numel() <= FEW for call in calls):
+    if weight.dtype == torch.bfloat16 and set(dtypes) == {torch.bfloat16}:
+        if samples <= FEW:
             found.append("bitmap_tiles")
         if side_of_blocks(bits, *weight.shape) is not None:
             found.append("bsr")

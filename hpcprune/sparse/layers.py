@@ -8,6 +8,7 @@ from collections.abc import Iterable
 from torch import nn
 
 from hpcprune.masks import Masks
+from hpcprune.sparse.cuda_convolution import CudaConv2d
 from hpcprune.sparse.cuda_linear import CudaLinear
 from hpcprune.sparse.kernels import SparseError, kernels
 from hpcprune.sparse.modules import SparseConv2d, SparseLinear, on_gpu
@@ -33,7 +34,7 @@ def masks_of_dense(model: nn.Module, masks: Masks) -> Masks:
     Raises:
         HpcpruneError: they are not of this model.
     """
-    sparse = (SparseLinear, SparseConv2d, CudaLinear)
+    sparse = (SparseLinear, SparseConv2d, CudaLinear, CudaConv2d)
     done = {f"{name}.weight" for name, module in model.named_modules() if isinstance(module, sparse)}
     left = [layer for layer in masks.layers if layer.name not in done]
     found = Masks(left, [masks.bits(layer.name) for layer in left])

@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
-from typing import cast, get_args
+from typing import TypeGuard, cast, get_args
 
 import torch
 from torch import Tensor, nn
 
 from hpcprune.native import launching
 from hpcprune.packing import survivors_of
+from hpcprune.sparse.cuda_convolution import CudaConv2d
 from hpcprune.sparse.cuda_linear import CudaKernel, CudaLinear
+from hpcprune.sparse.geometry import Geometry
 from hpcprune.sparse.held import LINEAR, Bits, Kernel, hold
-from hpcprune.sparse.kernels import FLOATS, SparseError
+from hpcprune.sparse.kernels import FLOATS
 from hpcprune.sparse.operators import autocast, check_last, seen_called
 from hpcprune.sparse.ops import panels_conv2d
-from hpcprune.sparse.panels import Geometry
 
-__all__ = ["SparseConv2d", "SparseLinear", "on_gpu", "sparse_module"]
+__all__ = ["SparseConv2d", "SparseLinear", "is_plain_convolution", "on_gpu", "sparse_module"]
 
 
 class _Sparse(nn.Module):
@@ -70,25 +71,15 @@ class SparseConv2d(_Sparse):
 
     def __init__(self, dense: nn.Conv2d, bits: Bits) -> None:
         super().__init__(dense, bits, "panels")
-        assert not isinstance(dense.padding, str)
-        self.geometry = Geometry(dense.kernel_size, dense.stride, dense.padding, dense.dilation)
+        self.geometry = Geometry.of(dense)
         self.in_channels, self.out_channels = dense.in_channels, dense.out_channels
 
     def forward(self, input: Tensor) -> Tensor:
-        self._check(input)
+        self.geometry.check(input, self.in_channels)
         product: Tensor = panels_conv2d(
             autocast(input, self.value.dtype), self.layout, self.value, self.bias, self.rows, *map(list, self.geometry)
         )
         return product
-
-    def _check(self, x: Tensor) -> None:
-        """Raise SparseError where it is no image that the kernel fits into."""
-        fits = x.dim() in (3, 4) and x.shape[-3] == self.in_channels and min(self.geometry.out(x.shape[-2:])) > 0
-        if not fits:
-            raise SparseError(
-                f"the input is {[*x.shape]}; this convolution takes [images, {self.in_channels}, height, width] or one "
-                f"image, no smaller than its kernel {[*self.geometry.kernel]} with padding {[*self.geometry.padding]}"
-            )
 
     def extra_repr(self) -> str:
         return (
@@ -98,26 +89,33 @@ class SparseConv2d(_Sparse):
 
 def sparse_module(
     dense: nn.Module, bits: Bits, kernel: Kernel | CudaKernel = "panels"
-) -> SparseLinear | SparseConv2d | CudaLinear | None:
-    """The sparse module that computes what a dense one does, or None; convolutions have panels only.
+) -> SparseLinear | SparseConv2d | CudaLinear | CudaConv2d | None:
+    """The sparse module that computes what a dense one does, or None; on the CPU convolutions have panels only.
 
     Subclasses are left alone: what they do with their weight is not known. A layer on a GPU takes a CudaKernel.
     """
-    if on_gpu(dense):
-        if type(dense) is nn.Linear and kernel in get_args(CudaKernel):
-            return CudaLinear(dense, bits, cast(CudaKernel, kernel))
+    there = on_gpu(dense)
+    if there and kernel not in get_args(CudaKernel):
         return None
-    if type(dense) is nn.Linear and _fits(dense.weight):
-        return SparseLinear(dense, bits, cast(Kernel, kernel))
-    if (
-        type(dense) is nn.Conv2d
-        and _fits(dense.weight)
-        and dense.groups == 1
-        and dense.padding_mode == "zeros"
-        and not isinstance(dense.padding, str)
-    ):
-        return SparseConv2d(dense, bits)
+    if type(dense) is nn.Linear:
+        if there:
+            return CudaLinear(dense, bits, cast(CudaKernel, kernel))
+        return SparseLinear(dense, bits, cast(Kernel, kernel)) if _fits(dense.weight) else None
+    if is_plain_convolution(dense):
+        if there:
+            return CudaConv2d(dense, bits, cast(CudaKernel, kernel))
+        return SparseConv2d(dense, bits) if _fits(dense.weight) else None
     return None
+
+
+def is_plain_convolution(layer: nn.Module) -> TypeGuard[nn.Conv2d]:
+    """Whether it is a Conv2d that is a product with every place of an image, zeros around it."""
+    return (
+        type(layer) is nn.Conv2d
+        and layer.groups == 1
+        and layer.padding_mode == "zeros"
+        and not isinstance(layer.padding, str)
+    )
 
 
 def on_gpu(layer: nn.Module) -> bool:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from hpcprune.sparse import bitmap, blocks, panels, two_of_four
+from hpcprune.sparse.geometry import Geometry
 from hpcprune.sparse.operators import (
     Operator,
     called,
@@ -26,7 +27,7 @@ from hpcprune.sparse.operators import (
     refuse_gradients,
     shaped,
 )
-from hpcprune.sparse.panels import Geometry, convolve, refill
+from hpcprune.sparse.panels import convolve, refill
 
 __all__ = [
     "bitmap_linear",

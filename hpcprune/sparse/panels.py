@@ -7,9 +7,7 @@ of a round's steps, in which the weights change and the masks do not.
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -17,9 +15,10 @@ import torch
 from torch import Tensor
 
 from hpcprune.sparse import kernels
+from hpcprune.sparse.geometry import Geometry
 from hpcprune.sparse.kernels import count_survivors, is_half
 
-__all__ = ["Geometry", "Panels", "convolve", "lay_out", "multiply", "refill", "sampled"]
+__all__ = ["Panels", "convolve", "lay_out", "multiply", "refill", "sampled"]
 
 
 @dataclass(frozen=True)
@@ -30,23 +29,6 @@ class Panels:
     columns: int
     layout: Tensor
     order: Tensor
-
-
-class Geometry(NamedTuple):
-    """Of a convolution: pairs of height and width."""
-
-    kernel: Sequence[int]
-    stride: Sequence[int]
-    padding: Sequence[int]
-    dilation: Sequence[int]
-
-    def out(self, size: Sequence[int]) -> list[int]:
-        """Height and width of the output for images of this size."""
-        sides = zip(size, self.kernel, self.stride, self.padding, self.dilation, strict=True)
-        return [
-            (side + 2 * padding - dilation * (kernel - 1) - 1) // stride + 1
-            for side, kernel, stride, padding, dilation in sides
-        ]
 
 
 def lay_out(bits: npt.NDArray[np.uint8], rows: int, columns: int, *, transposed: bool = False) -> Panels:
