@@ -13,7 +13,7 @@
 
 namespace hpcprune {
 
-constexpr int64_t UNIT = 16;                   // columns that are taken at once
+constexpr int64_t UNIT = 16;                  // columns that are taken at once
 constexpr int64_t PACKED_FLOATS = 64 * 1024;  // that are packed at a time: an eighth of an L2 cache
 
 // Packs `width` columns of samples whose lines are `step` apart: sixteen columns of a sample together, those of

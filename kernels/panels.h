@@ -51,8 +51,8 @@ struct Layout {
     return 8 * (5 + panels * chunks) + (2 + GROUP) * panels * groups + GROUP * entries * (panel > NARROW ? 2 : 1);
   }
 
-  // Whether `length` bytes of memory are the layout of such a W, and `values` its entries: else products would read what
-  // is not there.
+  // Whether `length` bytes of memory are the layout of such a W, and `values` its entries: else products would read
+  // what is not there.
   static bool fits(const void* memory, int64_t length, int64_t rows, int64_t columns, int64_t values) {
     if (length < 40) return false;
     const int64_t* head = static_cast<const int64_t*>(memory);

@@ -167,6 +167,38 @@ def test_images_and_gradients_that_do_not_fit_are_refused(weights: Tensor, train
             sampled(*shorter(right, which), count)
 
 
+def strided(tensor: Tensor) -> Tensor:
+    return torch.stack([tensor, torch.zeros_like(tensor)], -1)[..., 0]
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_weights_and_biases_may_have_strides(kernel: Kernel) -> None:
+    x, bias = torch.randn(3, COLUMNS), torch.randn(ROWS)
+    *matrix, value = held_of(kernel, torch.float32)
+    product = LINEAR[kernel](x, *matrix, value, bias, ROWS)
+    assert torch.equal(LINEAR[kernel](x, *matrix, strided(value), strided(bias), ROWS), product)
+
+
+def test_survivors_may_have_strides(trained: Tensor) -> None:
+    operator, x, survivors, *more = operands(trained)
+    assert torch.equal(operator(x, strided(survivors), *more), operator(x, survivors, *more))
+
+
+def test_orders_of_other_blocks_are_refused() -> None:
+    """By which a gradient would be written beyond its end."""
+    few, many = (operands(torch.ones(side, side))[4:] for side in (17, 32))
+    *own, _ = few[: len(few) // 2]
+    with pytest.raises(SparseError, match="do not fit"):
+        torch.ops.hpcprune.blocks_sampled(torch.randn(3, 17), torch.randn(3, 17), *own, many[2], 17 * 17)
+
+
+def test_torchs_default_device_is_not_theirs(trained: Tensor) -> None:
+    with torch.device("meta"):
+        _, layouts = operator_of(bits_of(trained), trained)
+        held = hold("panels", bits_of(trained), ROWS, COLUMNS, trained[trained != 0])
+    assert {each.device.type for each in (*layouts[:-1], *held.values())} == {"cpu"}
+
+
 @pytest.mark.parametrize("kernel", KERNELS)
 def test_gradients_that_are_not_known_are_refused(kernel: Kernel) -> None:
     """Without that they would be zero, and nobody would notice."""
@@ -174,6 +206,9 @@ def test_gradients_that_are_not_known_are_refused(kernel: Kernel) -> None:
     product = LINEAR[kernel](x, *held_of(kernel, torch.float32), None, ROWS)
     with pytest.raises(SparseError, match=f"hpcprune::{kernel}_linear knows no gradient: run inference under"):
         product.sum().backward()
+    bias = torch.randn(ROWS, requires_grad=True)
+    with pytest.raises(SparseError, match="knows no gradient"):
+        LINEAR[kernel](x.detach(), *held_of(kernel, torch.float32), bias, ROWS).sum().backward()
     with torch.no_grad():
         assert not LINEAR[kernel](x, *held_of(kernel, torch.float32), None, ROWS).requires_grad
 
@@ -200,6 +235,9 @@ def test_who_listens_to_torch_hears_of_products(kernel: Kernel) -> None:
     with Listens():
         product = LINEAR[kernel](*given)
     assert f"hpcprune::{kernel}_linear" in heard
+    with torch.profiler.profile() as profiled:
+        LINEAR[kernel](*given)
+    assert f"hpcprune::{kernel}_linear" in {each.key for each in profiled.key_averages()}
     traced = torch.jit.trace(lambda x: LINEAR[kernel](x, *given[1:]), given[0], check_trace=False)
     assert f"hpcprune::{kernel}_linear" in str(traced.graph)
     assert torch.equal(traced(given[0]), product) and torch.equal(LINEAR[kernel](*given), product)

@@ -149,6 +149,17 @@ def test_what_is_taken_of_a_model_while_it_trains_is_dense_and_has_its_weights(
     assert not torch.equal(ours.model(x), expected) and not other(x).any()
 
 
+def test_whoever_reads_a_weight_while_it_trains_has_that_of_now() -> None:
+    """As torch's fused layers do, which call no layer."""
+    ours, _ = both(Single(), NAMES)
+    for number in range(2):
+        ours.trainer.step(number, False)
+        x = torch.randn(3, 6)
+        layer = ours.model[0]  # type: ignore[index]
+        torch.testing.assert_close(nn.functional.linear(x, layer.weight, layer.bias), layer(x))
+        assert layer.weight is ours.model.get_parameter("0.weight")
+
+
 def drawing(state: Tensor) -> torch.Generator:
     generator = torch.Generator()
     generator.set_state(state)

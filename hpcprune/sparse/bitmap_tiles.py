@@ -50,11 +50,11 @@ def lay_out(bits: npt.NDArray[np.uint8], rows: int, columns: int, survivors: Ten
     check_operand("survivors", survivors, (check_mask(bits, rows, columns),), survivors, torch.bfloat16)
     code = kernels().code
     bits, packed = np.ascontiguousarray(bits), survivors.cpu().contiguous()
-    start = torch.empty(-(-rows // HEIGHT) * -(-columns // WIDTH) + 1, dtype=torch.int32)
+    start = torch.empty(-(-rows // HEIGHT) * -(-columns // WIDTH) + 1, dtype=torch.int32, device="cpu")
     largest = ctypes.c_int32()
     matrix = bits.ctypes.data, rows, columns, start.data_ptr()
     units = code.hpcprune_bitmap_tiles_plan(*matrix, ctypes.byref(largest))
-    groups = torch.empty(UNIT * units, dtype=torch.uint8)
+    groups = torch.empty(UNIT * units, dtype=torch.uint8, device="cpu")
     code.hpcprune_bitmap_tiles_fill(*matrix, packed.data_ptr(), groups.data_ptr(), torch.get_num_threads())
     return BitmapTiles(rows, columns, start.to(survivors.device), groups.to(survivors.device), largest.value)
 

@@ -52,7 +52,7 @@ def lay_out(
     check_mask(bits, rows, columns)
     found = blocks.lay_out(bits, rows, columns, side, transposed=transposed)
     counts = found.start.diff()
-    row = torch.arange(len(counts), dtype=torch.int32).repeat_interleave(counts)
+    row = torch.arange(len(counts), dtype=torch.int32, device="cpu").repeat_interleave(counts)
     order = found.order.transpose(1, 2).contiguous()
     tensors = (each.to(device) for each in (found.start, row, found.column, order))
     return Bsr(found.rows, found.columns, *tensors)

@@ -1,6 +1,6 @@
 """The sparse products on a GPU as torch operators: those of CSR, bitmap tiles and BSR.
 
-As in `ops`: `csr_linear`, `bitmap_tiles_linear` and `bsr_linear` are for inference and know no gradient;
+As in `ops`, `csr_linear`, `bitmap_tiles_linear` and `bsr_linear` are for inference: a gradient is refused.
 `csr_survivors_linear` and `bsr_survivors_linear` are for training, with the packed survivors as weights and their own
 gradient alone. They are registered for CUDA alone, with `register` for what a test has in its place.
 
@@ -15,7 +15,16 @@ import torch
 from torch import Tensor
 
 from hpcprune.sparse import bitmap_tiles, bsr, csr
-from hpcprune.sparse.operators import Operator, compute_on, define, flat, float_bias, of_bias, shaped
+from hpcprune.sparse.operators import (
+    Operator,
+    compute_on,
+    define,
+    flat,
+    float_bias,
+    of_bias,
+    refuse_gradients,
+    shaped,
+)
 
 __all__ = [
     "bitmap_tiles_linear",
@@ -181,6 +190,7 @@ def register(library: Any, device: str) -> None:
 _library = _torch.Library("hpcprune", "FRAGMENT")
 define(_library, OPERATORS)
 register(_library, "CUDA")
+refuse_gradients(_library, ("csr_linear", "csr_sampled", "bitmap_tiles_linear", "bsr_linear", "bsr_sampled"))
 _torch.register_autograd("hpcprune::csr_survivors_linear", _csr_backward, setup_context=_keep)
 _torch.register_autograd("hpcprune::bsr_survivors_linear", _bsr_backward, setup_context=_keep)
 

@@ -85,6 +85,7 @@ def multiply(
     kind = _KINDS.get((value.dtype, x.dtype))
     if kind is None:
         raise SparseError(f"W is {value.dtype} and x is {x.dtype}; sparse products take float32 and bfloat16")
+    value, bias = value.contiguous(), None if bias is None else bias.contiguous()
     status = DOES_NOT_FIT
     if bias is None or bias.numel() == rows:
         operands = _PRODUCTS[len(matrix)].pack(
@@ -117,7 +118,7 @@ def sample(kernel: str, matrix: Sequence[int], x: Tensor, gradient: Tensor, surv
     Raises:
         SparseError: operands do not fit each other, or there is no memory.
     """
-    packed = torch.empty(survivors, dtype=torch.float32)
+    packed = x.new_empty(survivors, dtype=torch.float32)
     code, level, pool = kernels()
     status = DOES_NOT_FIT
     if x.shape[0] == gradient.shape[0] and x.dtype == gradient.dtype:

@@ -40,7 +40,8 @@ class _Sparse(nn.Module):
     @property
     def weight(self) -> Tensor:
         """The dense weight, made anew at each call: for code that reads a layer's weight instead of calling it."""
-        return self._product(torch.eye(self.columns, dtype=self.value.dtype), None).t().reshape(self._shape)
+        identity = torch.eye(self.columns, dtype=self.value.dtype, device=self.value.device)
+        return self._product(identity, None).t().reshape(self._shape)
 
     def _product(self, x: Tensor, bias: Tensor | None) -> Tensor:
         held = (getattr(self, name) for name in self._held)

@@ -56,29 +56,37 @@ def of_bias(gradient: Tensor, bias: Tensor) -> Tensor:
     return gradient.reshape(-1, gradient.shape[-1]).sum(0, dtype=torch.float32).to(bias.dtype)
 
 
-def called(name: str, compute: Callable[..., Tensor], other: int) -> Callable[..., Tensor]:
+def called(name: str, compute: Callable[..., Tensor], others: slice) -> Callable[..., Tensor]:
     """An operator past torch's dispatcher where only a kernel on the CPU is to see the call.
 
-    The dispatcher takes as long as a small product. It is needed by compilers, tracers, modes and gradients.
+    The dispatcher takes as long as a small product. It is needed by compilers, tracers, profilers, modes and gradients.
 
     Args:
-        other: which operand after the first may be on a GPU, or want a gradient, as the first may.
+        others: which operands after the first may, as it, be of another class or on a GPU, or want a gradient.
     """
     operator = getattr(torch.ops.hpcprune, name)
 
     def call(x: Tensor, *operands: Any) -> Tensor:
-        seen = torch.compiler.is_compiling() or not (
-            type(x) is Tensor
-            and x.is_cpu
-            and operands[other].is_cpu
-            and not (torch.is_grad_enabled() and (x.requires_grad or operands[other].requires_grad))
-            and not torch._C._len_torch_dispatch_stack()
-            and torch._C._functorch.peek_interpreter_stack() is None
-            and torch._C._get_tracing_state() is None
+        seen = (
+            torch.compiler.is_compiling()
+            or torch._C._autograd._profiler_enabled()
+            or torch._C._len_torch_dispatch_stack()
+            or torch._C._functorch.peek_interpreter_stack() is not None
+            or torch._C._get_tracing_state() is not None
+            or not _are_plain(x, *operands[others])
         )
         return operator(x, *operands) if seen else compute(x, *operands)
 
     return call
+
+
+def _are_plain(*operands: Tensor | None) -> bool:
+    """Whether a kernel on the CPU can take them, and no gradient is wanted of any."""
+    graded = torch.is_grad_enabled()
+    for each in operands:
+        if each is not None and (type(each) is not Tensor or not each.is_cpu or (graded and each.requires_grad)):
+            return False
+    return True
 
 
 def refuse_gradients(library: Any, operators: Iterable[str]) -> None:

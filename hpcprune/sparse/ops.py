@@ -138,8 +138,8 @@ def _keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 def _backward(kernel: str) -> Callable[..., tuple[Tensor | None, ...]]:
     """Of `_survivors_linear`."""
-    linear, of_weights = _called_linear(kernel), called(f"{kernel}_sampled", _TRAINS[kernel].sampled, 0)
-    refilled = called("refill", refill, 0)
+    linear, of_weights = _called_linear(kernel), called(f"{kernel}_sampled", _TRAINS[kernel].sampled, slice(1))
+    refilled = called("refill", refill, slice(1))
 
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         x, survivors, bias, *layouts = ctx.saved_tensors
@@ -158,7 +158,7 @@ def _backward(kernel: str) -> Callable[..., tuple[Tensor | None, ...]]:
 
 
 def _called_linear(kernel: str) -> Callable[..., Tensor]:
-    return called(f"{kernel}_linear", _LINEAR[kernel].compute, -3)
+    return called(f"{kernel}_linear", _LINEAR[kernel].compute, slice(-3, -1))  # weights and bias
 
 
 OPERATORS: tuple[Operator, ...] = (

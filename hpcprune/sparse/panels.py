@@ -45,15 +45,15 @@ def lay_out(bits: npt.NDArray[np.uint8], rows: int, columns: int, *, transposed:
     count_survivors(bits, rows, columns)
     entries = ctypes.c_int64()
     length = code.hpcprune_panels_bytes(bits.ctypes.data, rows, columns, transposed, ctypes.byref(entries))
-    layout = torch.empty(length, dtype=torch.uint8)
-    order = torch.empty(4 * entries.value, dtype=torch.int32)
+    layout = torch.empty(length, dtype=torch.uint8, device="cpu")
+    order = torch.empty(4 * entries.value, dtype=torch.int32, device="cpu")
     code.hpcprune_panels_fill(bits.ctypes.data, rows, columns, transposed, entries, layout.data_ptr(), order.data_ptr())
     return Panels(*((columns, rows) if transposed else (rows, columns)), layout, order)
 
 
 def refill(order: Tensor, survivors: Tensor) -> Tensor:
     """A layout's weights, from the packed survivors; zeros where an entry is none."""
-    value = torch.empty(order.shape, dtype=survivors.dtype)
+    value, survivors = survivors.new_empty(order.shape), survivors.contiguous()
     code, _, pool = kernels.kernels()
     half, threads = is_half("W", survivors), torch.get_num_threads()
     packed = survivors.data_ptr(), survivors.numel()

@@ -69,6 +69,12 @@ class _TrainsSparse(nn.Linear):
     def forward(self, input: Tensor) -> Tensor:
         return self._product(self._leaf, self.bias, input)
 
+    @property
+    def weight(self) -> Tensor:  # type: ignore[override]
+        """The dense parameter with the weights of now: for code that reads it, as torch's fused layers do."""
+        self._segment.unpack(self._leaf)
+        return self._segment.parameter
+
     def _save_to_state_dict(self, *arguments: Any, **named: Any) -> None:
         self._segment.unpack(self._leaf)
         super()._save_to_state_dict(*arguments, **named)

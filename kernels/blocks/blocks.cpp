@@ -23,7 +23,6 @@
 
 #include <algorithm>
 #include <cstdlib>
-#include <type_traits>
 #include <vector>
 
 #include "../packed.h"
@@ -53,13 +52,20 @@ struct Blocks {
     return true;
   }
 
-  // The weights within the matrix's edges.
-  int64_t survivors() const {
+  // Whether so many weights are within the matrix's edges, and `order` says no other: else gradients would be written
+  // beyond them.
+  bool packs(const int32_t* order, int64_t survivors) const {
     int64_t count = 0;
     for (int64_t row = 0; row < block_rows(); ++row)
-      for (int64_t block = start[row]; block < start[row + 1]; ++block)
-        count += std::min(side, rows - row * side) * std::min(side, columns - column[block] * side);
-    return count;
+      for (int64_t block = start[row]; block < start[row + 1]; ++block) {
+        const int64_t height = std::min(side, rows - row * side),
+                      width = std::min(side, columns - column[block] * side);
+        const int32_t* place = order + block * side * side;  // where each row's survivors begin
+        for (int64_t i = 0; i < height; ++i)
+          if (place[i] < 0 || place[i] + width > survivors) return false;
+        count += height * width;
+      }
+    return count == survivors;
   }
 };
 
@@ -143,7 +149,7 @@ int hpcprune_blocks_gradient(int path, int half, int64_t side, const int32_t* st
                              int64_t survivors, int threads, const hpcprune::Pool* pool) {
   using namespace hpcprune;
   const Blocks w{side, rows, columns, start, column};
-  if (!w.fits(starts, blocks, orders) || w.survivors() != survivors) return DOES_NOT_FIT;
+  if (!w.fits(starts, blocks, orders) || !w.packs(order, survivors)) return DOES_NOT_FIT;
   const int useful = threads_for(orders / UNIT * batch, threads);
   const auto run = [&](const auto* from, const auto* given) {
     return gradient(path, w, order, from, given, batch, packed, useful, pool);

@@ -143,9 +143,10 @@ void hpcprune_panels_fill(const uint8_t* bits, int64_t rows, int64_t columns, in
     fill<uint8_t>(bits, transposed, w, order);
 }
 
-// value[i] = packed[order[i]], or 0 where that is none of the `survivors`; elements are of 2 bytes where `half`, else 4.
+// value[i] = packed[order[i]], or 0 where that is none of the `survivors`; elements are of 2 bytes where `half`,
+// else 4.
 void hpcprune_panels_refill(const int32_t* order, int64_t length, int half, const void* packed, int64_t survivors,
-                           void* value, int threads, const hpcprune::Pool* pool) {
+                            void* value, int threads, const hpcprune::Pool* pool) {
   using namespace hpcprune;
   const int64_t runs = std::max<int64_t>(1, std::min<int64_t>(threads, length / LEAST_PER_THREAD));
   const uint32_t limit = static_cast<uint32_t>(survivors);

@@ -23,7 +23,8 @@ INLINE Float4 sums<Float16>(const Float16* each) {
   const __m512 crossed = _mm512_mask_blend_ps(0x0f0f, ab, cd);
   const __m512 acbd = _mm512_mask_blend_ps(0xf0f0, ab, cd) + _mm512_shuffle_f32x4(crossed, crossed, 0xb1);
   const __m512 pairs = acbd + _mm512_permute_ps(acbd, 0x4e), all = pairs + _mm512_permute_ps(pairs, 0xb1);
-  return Float4(_mm512_castps512_ps128(_mm512_permutexvar_ps(_mm512_setr_epi32(0, 8, 4, 12, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0), all)));
+  return Float4(_mm512_castps512_ps128(
+      _mm512_permutexvar_ps(_mm512_setr_epi32(0, 8, 4, 12, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0), all)));
 }
 #endif
 
@@ -99,8 +100,7 @@ inline void product(const Layout& w, int64_t first, int64_t last, const Element*
       tile(w, first, last, pack<Element>, x + sample * w.columns, dy + sample * w.rows, std::min(left, width), scratch,
            lines, to);
     };
-    if (left <= 4)
-      run(tile<Float4, 1, Column>, 4);
+    if (left <= 4) run(tile<Float4, 1, Column>, 4);
 #if LANES == 16
     else if (left <= 8)
       run(tile<Float8, 1, Column>, 8);

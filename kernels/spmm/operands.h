@@ -40,9 +40,7 @@ struct Images {
         out{shape[11], shape[12]} {}
 
   int64_t columns() const { return channels * kernel[0] * kernel[1]; }
-  bool possible() const {
-    return std::min({kernel[0], kernel[1], stride[0], stride[1], dilation[0], dilation[1]}) > 0;
-  }
+  bool possible() const { return std::min({kernel[0], kernel[1], stride[0], stride[1], dilation[0], dilation[1]}) > 0; }
 };
 
 }  // namespace hpcprune

@@ -15,7 +15,6 @@
 
 #include <algorithm>
 #include <cstdlib>
-#include <type_traits>
 #include <vector>
 
 #include "../panels.h"

@@ -15,7 +15,7 @@
 // 2. avx2: sums for 2 samples in vectors of 8
 // 3. avx512: for 4 samples in vectors of 16
 
-#include <algorithm>
+#include <vector>
 
 #include "../packed.h"
 #include "../vectors.h"

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch import Tensor
 
+from hpcprune.sparse.kernels import SparseError
 from tests.kernels.cuda_layers import OPERATORS, assert_near, assert_product, training
 
 
@@ -49,3 +51,22 @@ def test_a_gradient_is_the_products_slope(device: torch.device) -> None:
             slope = layer().double().sum() - before
             leaf.copy_(at)
         torch.testing.assert_close(slope, (leaf.grad.double() * step.double()).sum(), rtol=1e-3, atol=1e-2)
+
+
+def test_gradients_that_are_not_known_are_refused() -> None:
+    """Without that they would be zero. It is torch's part alone, and wants no GPU."""
+
+    def integers(*shape: int) -> Tensor:
+        return torch.empty(shape, dtype=torch.int32, device="meta")
+
+    x, weights = torch.empty(3, 16, device="meta", requires_grad=True), torch.empty(1, 16, 16, device="meta")
+    ops = torch.ops.hpcprune
+    for product in (
+        ops.csr_linear(x, integers(17), integers(256), integers(16), weights.view(-1), None, 16),
+        ops.bitmap_tiles_linear(x, integers(2), integers(4), None, 16, 16, 1),
+        ops.bsr_linear(x, integers(2), integers(1), weights, None, 16, 16),
+        ops.csr_sampled(x, x.detach(), integers(17), integers(256), 16),
+        ops.bsr_sampled(x, x.detach(), integers(1), integers(1), integers(1, 16, 16), 256),
+    ):
+        with pytest.raises(SparseError, match="knows no gradient"):
+            product.sum().backward()
