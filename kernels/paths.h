@@ -1,4 +1,5 @@
-// What every kernel here shares: the paths (instruction sets) it is compiled for, and how work is cut for threads.
+// What every kernel here shares: the paths (instruction sets) it is compiled for, what it gives back, and how work is
+// cut for threads.
 //
 // All paths live in one library. Functions of a path carry its target attribute, so the library loads on any CPU and
 // `hpcprune_best_path` says at run time which of them this CPU may enter. Every path gives the same masks

@@ -81,7 +81,7 @@ def multiply(
     Raises:
         SparseError: operands do not fit each other, or there is no memory.
     """
-    code, level, pool = kernels()
+    code, level, threads_pool = kernels()
     kind = _KINDS.get((value.dtype, x.dtype))
     if kind is None:
         raise SparseError(f"W is {value.dtype} and x is {x.dtype}; sparse products take float32 and bfloat16")
@@ -99,7 +99,7 @@ def multiply(
             y.data_ptr(),
             rows,
             torch.get_num_threads(),
-            pool,
+            threads_pool,
             *matrix,
         )
         status = getattr(code, kernel)(operands)
@@ -119,7 +119,7 @@ def sample(kernel: str, matrix: Sequence[int], x: Tensor, gradient: Tensor, surv
         SparseError: operands do not fit each other, or there is no memory.
     """
     packed = x.new_empty(survivors, dtype=torch.float32)
-    code, level, pool = kernels()
+    code, level, threads_pool = kernels()
     status = DOES_NOT_FIT
     if x.shape[0] == gradient.shape[0] and x.dtype == gradient.dtype:
         status = getattr(code, kernel)(
@@ -130,7 +130,7 @@ def sample(kernel: str, matrix: Sequence[int], x: Tensor, gradient: Tensor, surv
             *(gradient.data_ptr(), gradient.shape[1]),
             *(packed.data_ptr(), survivors),
             torch.get_num_threads(),
-            pool,
+            threads_pool,
         )
     if status:
         _fail(status, x=x, gradient=gradient, survivors=packed)

@@ -67,7 +67,7 @@ def multiply(x: Tensor, layout: Tensor, value: Tensor, bias: Tensor | None, rows
     Args:
         x: [batch, columns], float32 or bfloat16, contiguous. bias: [rows], float32.
     """
-    matrix, shape = (layout.data_ptr(), layout.numel()), x.shape
+    matrix, shape = (layout.data_ptr(), layout.nbytes), x.shape
     return kernels.multiply("hpcprune_spmm", matrix, value, x, shape, bias, x.new_empty(shape[0], rows), rows)
 
 
@@ -95,5 +95,5 @@ def sampled(x: Tensor, gradient: Tensor, layout: Tensor, order: Tensor, survivor
     Args:
         x: [batch, columns]. gradient: [batch, rows], with respect to the product. Of one dtype, contiguous.
     """
-    matrix = layout.data_ptr(), layout.numel(), order.data_ptr(), order.numel()
+    matrix = layout.data_ptr(), layout.nbytes, order.data_ptr(), order.nbytes // 4
     return kernels.sample("hpcprune_sddmm", matrix, x, gradient, survivors)

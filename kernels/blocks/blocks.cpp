@@ -47,9 +47,8 @@ struct Blocks {
   bool fits(int64_t starts, int64_t blocks, int64_t weights) const {
     if (side != 16 && side != 32 && side != 64) return false;
     if (starts != block_rows() + 1 || blocks != start[starts - 1] || weights != blocks * side * side) return false;
-    for (int64_t row = 0; row + 1 < starts; ++row)
-      if (start[row] < start[row + 1] && column[start[row + 1] - 1] >= block_columns()) return false;
-    return true;
+    if (!std::is_sorted(start, start + starts) || start[0] != 0) return false;
+    return std::all_of(column, column + blocks, [&](int32_t each) { return 0 <= each && each < block_columns(); });
   }
 
   // Whether so many weights are within the matrix's edges, and `order` says no other: else gradients would be written
