@@ -74,7 +74,7 @@ def products(weights: Tensor, x: Tensor) -> tuple[Contenders, Contenders, dict[s
     bits = bits_of(weights)
     dense = nn.Linear(columns, rows, bias=False, dtype=weights.dtype, device=DEVICE).requires_grad_(False)
     dense.weight.copy_(weights)
-    made = {kernel: CudaLinear(dense, bits, kernel) for kernel in kernels_to_try(dense, bits, [x])}
+    made = {kernel: CudaLinear(dense, bits, kernel) for kernel in kernels_to_try(weights, bits, {x.dtype}, x.shape[0])}
     across, sparse = x.t().contiguous(), weights.to_sparse_csr()
     others: Contenders = {"F.linear": lambda: functional.linear(x, weights), "cuSPARSE": lambda: sparse @ across}
     if "2:4" in made:
