@@ -21,7 +21,10 @@ from hpcprune.sparse.operators import (
     define,
     flat,
     float_bias,
+    gradient_like,
     of_bias,
+    of_survivors,
+    product_like,
     refuse_gradients,
     shaped,
 )
@@ -40,10 +43,6 @@ def _csr(
     x: Tensor, start: Tensor, column: Tensor, row_order: Tensor, value: Tensor, bias: Tensor | None, columns: int
 ) -> Tensor:
     return shaped(csr.multiply(flat(x), start, column, row_order, value, float_bias(bias), columns), x)
-
-
-def _csr_sampled(x: Tensor, gradient: Tensor, start: Tensor, column: Tensor, columns: int) -> Tensor:
-    return csr.sampled(flat(x), flat(gradient.to(x.dtype)), start, column, columns)
 
 
 def _csr_survivors(
@@ -73,10 +72,6 @@ def _bsr(
     return shaped(bsr.multiply(flat(x), start, column, value, float_bias(bias), rows, columns), x)
 
 
-def _bsr_sampled(x: Tensor, gradient: Tensor, row: Tensor, column: Tensor, order: Tensor, survivors: int) -> Tensor:
-    return bsr.sampled(flat(x), flat(gradient.to(x.dtype)), row, column, order, survivors)
-
-
 def _bsr_survivors(
     x: Tensor,
     survivors: Tensor,
@@ -92,14 +87,6 @@ def _bsr_survivors(
     columns: int,
 ) -> Tensor:
     return _bsr(x, start, column, bsr.refill(order, survivors), bias, rows, columns)
-
-
-def _product_like(x: Tensor, rows: int) -> Tensor:
-    return x.new_empty(*x.shape[:-1], rows)
-
-
-def _gradient_like(x: Tensor, survivors: int) -> Tensor:
-    return x.new_empty(survivors, dtype=torch.float32)
 
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -142,41 +129,41 @@ OPERATORS: tuple[Operator, ...] = (
         "csr_linear(Tensor x, Tensor start, Tensor column, Tensor row_order, Tensor value, Tensor? bias, int columns) "
         "-> Tensor",
         _csr,
-        lambda x, start, *_: _product_like(x, start.shape[0] - 1),
+        lambda x, start, *_: product_like(x, start.shape[0] - 1),
     ),
     (
         "csr_sampled(Tensor x, Tensor gradient, Tensor start, Tensor column, int columns) -> Tensor",
-        _csr_sampled,
-        lambda x, gradient, start, column, columns: _gradient_like(x, column.shape[0]),
+        of_survivors(csr.sampled),
+        lambda x, gradient, start, column, columns: gradient_like(x, column.shape[0]),
     ),
     (
         "csr_survivors_linear(Tensor x, Tensor survivors, Tensor? bias, Tensor start, Tensor column, Tensor row_order, "
         "Tensor start_t, Tensor column_t, Tensor row_order_t, Tensor order_t) -> Tensor",
         _csr_survivors,
-        lambda x, survivors, bias, start, *_: _product_like(x, start.shape[0] - 1),
+        lambda x, survivors, bias, start, *_: product_like(x, start.shape[0] - 1),
     ),
     (
         "bitmap_tiles_linear(Tensor x, Tensor start, Tensor groups, Tensor? bias, int rows, int columns, int largest) "
         "-> Tensor",
         _bitmap_tiles,
-        lambda x, start, groups, bias, rows, *_: _product_like(x, rows),
+        lambda x, start, groups, bias, rows, *_: product_like(x, rows),
     ),
     (
         "bsr_linear(Tensor x, Tensor start, Tensor column, Tensor value, Tensor? bias, int rows, int columns) "
         "-> Tensor",
         _bsr,
-        lambda x, start, column, value, bias, rows, columns: _product_like(x, rows),
+        lambda x, start, column, value, bias, rows, columns: product_like(x, rows),
     ),
     (
         "bsr_sampled(Tensor x, Tensor gradient, Tensor row, Tensor column, Tensor order, int survivors) -> Tensor",
-        _bsr_sampled,
-        lambda x, *layout: _gradient_like(x, layout[-1]),
+        of_survivors(bsr.sampled),
+        lambda x, *layout: gradient_like(x, layout[-1]),
     ),
     (
         "bsr_survivors_linear(Tensor x, Tensor survivors, Tensor? bias, Tensor start, Tensor row, Tensor column, "
         "Tensor order, Tensor start_t, Tensor column_t, Tensor order_t, int rows, int columns) -> Tensor",
         _bsr_survivors,
-        lambda x, *layout: _product_like(x, layout[-2]),
+        lambda x, *layout: product_like(x, layout[-2]),
     ),
 )
 _torch: Any = torch.library  # it has no types

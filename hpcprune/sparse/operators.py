@@ -10,7 +10,23 @@ from torch import Tensor, nn
 
 from hpcprune.sparse.kernels import FLOATS, SparseError
 
-__all__ = ["Operator", "autocast", "check_last", "compute_on", "define", "flat", "float_bias", "of_bias", "shaped"]
+__all__ = [
+    "Operator",
+    "autocast",
+    "called",
+    "check_last",
+    "compute_on",
+    "define",
+    "flat",
+    "float_bias",
+    "gradient_like",
+    "of_bias",
+    "of_survivors",
+    "product_like",
+    "refuse_gradients",
+    "seen_called",
+    "shaped",
+]
 
 Operator = tuple[str, Any, Any]  # its schema, what computes it, what knows its result's shape
 
@@ -54,6 +70,25 @@ def float_bias(bias: Tensor | None) -> Tensor | None:
 def of_bias(gradient: Tensor, bias: Tensor) -> Tensor:
     """The gradient of a bias from that of the product."""
     return gradient.reshape(-1, gradient.shape[-1]).sum(0, dtype=torch.float32).to(bias.dtype)
+
+
+def of_survivors(sampled: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """The operator by a kernel's `sampled`, for x of any number of dimensions: (x, gradient, *layout)."""
+
+    def operator(x: Tensor, gradient: Tensor, *layout: Any) -> Tensor:
+        return sampled(flat(x), flat(gradient.to(x.dtype)), *layout)
+
+    return operator
+
+
+def product_like(x: Tensor, rows: int) -> Tensor:
+    """For fake tensors: a product's shape."""
+    return x.new_empty(*x.shape[:-1], rows)
+
+
+def gradient_like(x: Tensor, survivors: int) -> Tensor:
+    """For fake tensors: that of the survivors' gradient."""
+    return x.new_empty(survivors, dtype=torch.float32)
 
 
 def called(name: str, compute: Callable[..., Tensor], others: slice) -> Callable[..., Tensor]:

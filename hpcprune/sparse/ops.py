@@ -23,7 +23,10 @@ from hpcprune.sparse.operators import (
     define,
     flat,
     float_bias,
+    gradient_like,
     of_bias,
+    of_survivors,
+    product_like,
     refuse_gradients,
     shaped,
 )
@@ -75,15 +78,6 @@ def _conv2d(x: Tensor, layout: Tensor, value: Tensor, bias: Tensor | None, rows:
     return product.view(*x.shape[:-3], *product.shape[-3:])
 
 
-def _sampled(sampled: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """The operator by a kernel's `sampled`, likewise."""
-
-    def of_survivors(x: Tensor, gradient: Tensor, *operands: Any) -> Tensor:
-        return sampled(flat(x), flat(gradient.to(x.dtype)), *operands)
-
-    return of_survivors
-
-
 class _Trains(NamedTuple):
     """A kernel that trains: the tensors of its layouts before `order`, and the gradient of the survivors."""
 
@@ -97,8 +91,8 @@ class _Trains(NamedTuple):
 
 
 _TRAINS = {
-    "panels": _Trains(("layout",), _sampled(panels.sampled)),
-    "blocks": _Trains(("start", "column"), _sampled(blocks.sampled)),
+    "panels": _Trains(("layout",), of_survivors(panels.sampled)),
+    "blocks": _Trains(("start", "column"), of_survivors(blocks.sampled)),
 }
 
 
@@ -113,10 +107,6 @@ def _survivors_linear(kernel: str) -> Callable[..., Tensor]:
     return product
 
 
-def _product_like(x: Tensor, *operands: Any) -> Tensor:
-    return x.new_empty(*x.shape[:-1], operands[-1])
-
-
 def _conv2d_like(
     x: Tensor, layout: Tensor, value: Tensor, bias: Tensor | None, rows: int, *geometry: list[int]
 ) -> Tensor:
@@ -125,10 +115,6 @@ def _conv2d_like(
 
 def _value_like(order: Tensor, survivors: Tensor) -> Tensor:
     return survivors.new_empty(order.shape)
-
-
-def _gradient_like(x: Tensor, *operands: Any) -> Tensor:
-    return x.new_empty(operands[-1], dtype=torch.float32)
 
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -166,7 +152,7 @@ OPERATORS: tuple[Operator, ...] = (
         (
             f"{kernel}_linear(Tensor x, {held.matrix}, Tensor value, Tensor? bias, int rows) -> Tensor",
             held.compute,
-            _product_like,
+            lambda x, *operands: product_like(x, operands[-1]),
         )
         for kernel, held in _LINEAR.items()
     ),
@@ -181,7 +167,7 @@ OPERATORS: tuple[Operator, ...] = (
         (
             f"{kernel}_sampled(Tensor x, Tensor gradient, {trains.arguments}, int survivors) -> Tensor",
             trains.sampled,
-            _gradient_like,
+            lambda x, *operands: gradient_like(x, operands[-1]),
         )
         for kernel, trains in _TRAINS.items()
     ),
@@ -190,7 +176,7 @@ OPERATORS: tuple[Operator, ...] = (
             f"{kernel}_survivors_linear(Tensor x, Tensor survivors, Tensor? bias, {trains.arguments}, "
             f"{trains.arguments.replace(',', '_t,')}_t, int rows) -> Tensor",
             _survivors_linear(kernel),
-            _product_like,
+            lambda x, *operands: product_like(x, operands[-1]),
         )
         for kernel, trains in _TRAINS.items()
     ),

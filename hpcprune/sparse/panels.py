@@ -85,7 +85,7 @@ def convolve(x: Tensor, layout: Tensor, value: Tensor, bias: Tensor | None, rows
     pairs = (size, geometry.kernel, geometry.stride, geometry.padding, geometry.dilation, out)
     sides = (ctypes.c_int64 * 13)(channels, *(side for pair in pairs for side in pair))
     y = x.new_empty(images, rows, *out)
-    matrix = layout.data_ptr(), layout.numel(), ctypes.addressof(sides)
+    matrix = layout.data_ptr(), layout.nbytes, ctypes.addressof(sides)
     return kernels.multiply("hpcprune_convolution", matrix, value, x, (images, channels), bias, y, rows)
 
 
