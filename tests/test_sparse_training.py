@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import io
 from collections.abc import Callable
 from typing import Any
 
@@ -23,6 +22,7 @@ from hpcprune.survivors import Survivors
 from hpcprune.train import Trainer
 from hpcprune.world import World
 from tests.test_sparse import mask_for
+from tests.test_sparse_modules import saved
 from tests.training import Begun, Small, begin
 
 NAMES = ["0.weight", "2.weight"]
@@ -68,13 +68,24 @@ def weights(model: nn.Module) -> dict[str, Tensor]:
     return {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
 
 
+def assert_same_losses(ours: Begun, theirs: Begun, steps: int, within: float) -> None:
+    for number in range(steps):
+        own, other = (begun.trainer.step(number, False) for begun in (ours, theirs))
+        assert own.loss == pytest.approx(other.loss, rel=within)
+
+
+def assert_same_weights(ours: Begun, theirs: Begun, *, rtol: float = 1e-3, atol: float = 1e-5) -> None:
+    """When both trainings are over."""
+    for begun in (ours, theirs):
+        begun.trainer.close()
+    torch.testing.assert_close(weights(ours.model), weights(theirs.model), rtol=rtol, atol=atol)
+
+
 @pytest.mark.parametrize("sparse", [NAMES, NAMES[:1], NAMES[1:]])
 @pytest.mark.parametrize("more", [{}, {"accumulate": 3}, {"clip_norm": 0.1}], ids=str)
 def test_steps_are_those_of_dense_layers(sparse: list[str], more: dict[str, Any]) -> None:
     ours, theirs = both(Single(), sparse, **more)
-    for number in range(12):
-        own, other = (begun.trainer.step(number, False) for begun in (ours, theirs))
-        assert own.loss == pytest.approx(other.loss, rel=1e-4)
+    assert_same_losses(ours, theirs, 12, 1e-4)
     state, others = ours.trainer.optimizer_state(), theirs.trainer.optimizer_state()
     assert {name: value.shape for name, value in state.items()} == {n: value.shape for n, value in others.items()}
     for name, value in state.items():
@@ -87,12 +98,8 @@ def test_whole_blocks_train_as_such(monkeypatch: pytest.MonkeyPatch) -> None:
     own = training.blocks_survivors_linear
     monkeypatch.setattr(training, "blocks_survivors_linear", lambda *of: products.append(of[0].shape) or own(*of))
     ours, theirs = both(Blocks(), ["0.weight", "2.weight", "4.weight"])
-    for number in range(5):
-        ours_now, theirs_now = (begun.trainer.step(number, False) for begun in (ours, theirs))
-        assert ours_now.loss == pytest.approx(theirs_now.loss, rel=1e-4)
-    for begun in (ours, theirs):
-        begun.trainer.close()
-    torch.testing.assert_close(weights(ours.model), weights(theirs.model), rtol=1e-3, atol=1e-5)
+    assert_same_losses(ours, theirs, 5, 1e-4)
+    assert_same_weights(ours, theirs)
     assert len(products) == 5 * 3
 
 
@@ -114,14 +121,6 @@ def test_the_dense_weights_are_up_to_date_when_they_are_looked_at() -> None:
     assert type(ours.model[0]) is nn.Linear and not {"_leaf", "_product"} & {*vars(ours.model[0])}  # type: ignore[index]
     expected = nn.functional.linear(x, closed["0.weight"], closed["0.bias"])
     torch.testing.assert_close(ours.model[0](x), expected)  # type: ignore[index]
-
-
-def saved(model: nn.Module) -> nn.Module:
-    file = io.BytesIO()
-    torch.save(model, file)
-    file.seek(0)
-    loaded: nn.Module = torch.load(file, weights_only=False)
-    return loaded
 
 
 def reloaded(model: nn.Module) -> nn.Module:
@@ -199,9 +198,7 @@ def test_a_layer_that_a_batch_does_not_use_has_no_gradient() -> None:
 
 def test_autocast_computes_in_bfloat16() -> None:
     ours, theirs = both(Single(), NAMES, autocast=True)
-    for number in range(3):
-        own, other = (begun.trainer.step(number, False) for begun in (ours, theirs))
-        assert own.loss == pytest.approx(other.loss, rel=2e-2)
+    assert_same_losses(ours, theirs, 3, 2e-2)
 
 
 def test_a_weight_that_is_used_outside_its_layer_too_is_refused() -> None:
@@ -260,9 +257,7 @@ def test_a_layer_with_two_names_trains_sparse_as_one() -> None:
             return nn.Sequential(layer, nn.ReLU(), layer, nn.Linear(6, 4))
 
     ours, theirs = both(Twice(), ["0.weight"])
-    for number in range(3):
-        own, other = (begun.trainer.step(number, False) for begun in (ours, theirs))
-        assert own.loss == pytest.approx(other.loss, rel=1e-4)
+    assert_same_losses(ours, theirs, 3, 1e-4)
     x = torch.randn(3, 6)
     torch.testing.assert_close(ours.model(x), theirs.model(x), rtol=1e-4, atol=1e-5)
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 import hpcprune
 from hpcprune.sparse import training
 from hpcprune.sparse.training import faster_layers
-from tests.test_sparse_training import NAMES, Blocks, Single, both, told, weights
+from tests.test_sparse_training import NAMES, Blocks, Single, assert_same_losses, assert_same_weights, both, told
 
 
 class There(Single):
@@ -48,20 +48,14 @@ def products(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> list[torc
 
 def test_steps_are_those_of_dense_layers(task: There, products: list[torch.dtype]) -> None:
     ours, theirs = both(task, NAMES)
-    for number in range(5):
-        own, other = (begun.trainer.step(number, False) for begun in (ours, theirs))
-        assert own.loss == pytest.approx(other.loss, rel=1e-4)
-    for begun in (ours, theirs):
-        begun.trainer.close()
-    torch.testing.assert_close(weights(ours.model), weights(theirs.model), rtol=1e-3, atol=1e-5)
+    assert_same_losses(ours, theirs, 5, 1e-4)
+    assert_same_weights(ours, theirs)
     assert products == 2 * 5 * [torch.float32]
 
 
 def test_autocast_computes_in_bfloat16(task: There, products: list[torch.dtype]) -> None:
     ours, theirs = both(task, NAMES, autocast=True)
-    for number in range(3):
-        own, other = (begun.trainer.step(number, False) for begun in (ours, theirs))
-        assert own.loss == pytest.approx(other.loss, rel=2e-2)
+    assert_same_losses(ours, theirs, 3, 2e-2)
     assert set(products) == {torch.bfloat16}
 
 
@@ -84,12 +78,8 @@ def test_whole_blocks_of_bfloat16_train_as_such(device: torch.device, monkeypatc
     own = training.bsr_survivors_linear
     monkeypatch.setattr(training, "bsr_survivors_linear", lambda *of: products.append(of[0].shape) or own(*of))
     ours, theirs = both(HalfBlocks(device), ["0.weight", "2.weight", "4.weight"])
-    for number in range(3):
-        ours_now, theirs_now = (begun.trainer.step(number, False) for begun in (ours, theirs))
-        assert ours_now.loss == pytest.approx(theirs_now.loss, rel=2e-2)
-    for begun in (ours, theirs):
-        begun.trainer.close()
-    torch.testing.assert_close(weights(ours.model), weights(theirs.model), rtol=2e-2, atol=2e-2)
+    assert_same_losses(ours, theirs, 3, 2e-2)
+    assert_same_weights(ours, theirs, rtol=2e-2, atol=2e-2)
     assert len(products) == 3 * 3
 
 
