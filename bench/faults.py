@@ -23,7 +23,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -34,6 +34,8 @@ from hpcprune.errors import CheckpointError
 from tests.conftest import NOT_STARTED, TINY, launch_command, launch_environment
 from tests.mpi.test_run import assert_same_weights
 
+Python = Sequence[str | Path]  # the command that starts it
+THIS: Python = (sys.executable,)
 TIMEOUT = 120.0
 LONGEST_LIFE = 10.0  # seconds that a rank may live after the kill
 # Each moment of tests/jobs/tiny/faults.py: how often the job comes to it (less often where the disk is slow, since a
@@ -99,16 +101,16 @@ class Outcome:
         return self.kind in ("right", "wrong", "not resumed")
 
 
-def launch(out: Path, ranks: int, fault: Fault | None = None) -> Ended:
+def launch(out: Path, ranks: int, python: Python, fault: Fault | None = None) -> Ended:
     """Run the job until neither mpirun nor any rank is left."""
-    ended = _launch(out, ranks, fault)
+    ended = _launch(out, ranks, python, fault)
     if NOT_STARTED in ended.text:  # before any rank was there
-        ended = _launch(out, ranks, fault)
+        ended = _launch(out, ranks, python, fault)
     return ended
 
 
-def _launch(out: Path, ranks: int, fault: Fault | None) -> Ended:
-    command = launch_command(ranks, "hpcprune", "run", TINY, "--out", out)
+def _launch(out: Path, ranks: int, python: Python, fault: Fault | None) -> Ended:
+    command = launch_command(ranks, "hpcprune", "run", TINY, "--out", out, python=python)
     record, printed = out.with_suffix(".killed"), out.with_suffix(".txt")
     record.write_text("")
     with printed.open("w") as text:
@@ -160,13 +162,13 @@ def expected_words(out: Path) -> str:
     return f"going on from {newest} (" if newest else ""
 
 
-def try_one(fault: Fault, ranks: int, out: Path, expected: State) -> Outcome:
+def try_one(fault: Fault, ranks: int, out: Path, expected: State, python: Python) -> Outcome:
     """Kill a run, run the same command again, and compare."""
-    cut = launch(out, ranks, fault)
+    cut = launch(out, ranks, python, fault)
     if cut.lived is None:
         return Outcome(fault, "not killed") if cut.status == 0 else Outcome(fault, "failed unkilled", cut.text)
     expects = expected_words(out)
-    again = launch(out, ranks)
+    again = launch(out, ranks, python)
     if again.status != 0:
         return Outcome(fault, "not resumed", again.text, cut.lived)
     if cut.status == 0:
@@ -182,19 +184,21 @@ def try_one(fault: Fault, ranks: int, out: Path, expected: State) -> Outcome:
 
 def undisturbed(ranks: int, out: Path) -> State:
     """What a run ends in that nothing disturbs."""
-    ended = launch(out, ranks)
+    ended = launch(out, ranks, THIS)
     if ended.status != 0:
         sys.exit(f"{ended.text}\nthe undisturbed run failed; run it by hand: hpcprune run {TINY}")
     return read_model(out / "model.h5")
 
 
-def try_many(kills: int, seed: int, ranks: int, base: Path, expected: State) -> Iterator[Outcome]:
+def try_many(
+    kills: int, seed: int, ranks: int, base: Path, expected: State, python: Python = THIS
+) -> Iterator[Outcome]:
     """What became of runs in `base`, until so many were killed; draws whose moment never came are among them."""
     chance, killed = random.Random(seed), 0
     for number in range(1, 2 * kills + 1):
         if killed == kills:
             return
-        outcome = try_one(draw(chance, ranks), ranks, base / str(number), expected)
+        outcome = try_one(draw(chance, ranks), ranks, base / str(number), expected, python)
         killed += outcome.killed
         yield outcome
 

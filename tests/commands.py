@@ -1,50 +1,29 @@
-"""Commands as a user gives them, in forks of one process: as good as a process each, and 50 times faster.
-
-Imports are what takes the time, so that process has done them all before the first command comes.
-"""
+"""Commands as a user gives them, in forks of one process."""
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
-SERVER = """\
-import json, os, signal, sys, traceback
-import hpcprune.export, hpcprune.report.plots, hpcprune.run
-import torch._dynamo, torchmetrics.classification
-from mpi4py import MPI
-from hpcprune.__main__ import main
+from tests.forks import Fork
 
-for line in sys.stdin:
-    call = json.loads(line)
-    if (child := os.fork()) == 0:
-        signal.alarm(120)  # a hang is a failure
-        for stream in (1, 2):
-            os.dup2(os.open(call["output"][stream - 1], os.O_WRONLY | os.O_TRUNC), stream)
-        if call["user"]:
-            os.setgroups([]), os.setgid(call["user"]), os.setuid(call["user"])
-        os.environ.update(call["env"])
-        sys.argv = ["hpcprune", *call["argv"]]
-        code = 1
-        try:
-            main()
-        except SystemExit as end:
-            code = end.code or 0
-        except BaseException:
-            traceback.print_exc()
-        finally:
-            sys.stdout.flush()
-            os._exit(code)
-    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
-"""
+FORKS = Path(__file__).with_name("forks.py")
+# What takes the time of a command's start.
+IMPORTS = (
+    "hpcprune.__main__",
+    "hpcprune.export",
+    "hpcprune.report.plots",
+    "hpcprune.run",
+    "torch._dynamo",
+    "torchmetrics.classification",
+)
 
 
 @dataclass(frozen=True)
@@ -68,27 +47,32 @@ class Command(Protocol):
 
 
 @contextmanager
-def server(folder: Path) -> Iterator[Command]:
-    """Run commands: `hpcprune("run", path, user=65534, HOME="/")`; keywords other than `user` are environment."""
-    output = [folder / name for name in ("out", "err")]
-    for path in output:
-        path.touch()
-    with subprocess.Popen([sys.executable, "-c", SERVER], stdin=-1, stdout=-1, text=True) as process:
+def serving(socket: Path, environment: Mapping[str, str], *modules: str) -> Iterator[str]:
+    """A process to fork from, with these and IMPORTS imported: its socket."""
+    command = [sys.executable, FORKS, "serve", socket, *IMPORTS, *modules]
+    with subprocess.Popen(command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
         assert process.stdin and process.stdout
-        stdin, stdout = process.stdin, process.stdout
+        assert process.stdout.readline() == b"ready\n", "the server has ended; it has said why"
+        yield str(socket)
+        process.stdin.close()
+
+
+@contextmanager
+def commands(folder: Path, environment: Mapping[str, str]) -> Iterator[Command]:
+    """Run commands: `hpcprune("run", path, user=65534, HOME="/")`; keywords other than `user` are environment.
+
+    MPI takes a second to initialize, so it is there before the forks.
+    """
+    with serving(folder / "socket", environment, "mpi4py.MPI") as socket:
 
         def command(*argv: str | Path, user: int | None = None, **env: str) -> Ended:
-            call = {"argv": [*map(str, argv)], "user": user, "env": env, "output": [*map(str, output)]}
-            print(json.dumps(call), file=stdin, flush=True)
-            code = stdout.readline()
-            assert code, "the server has ended; it has said why"
-            out, err = (path.read_text() for path in output)
-            return Ended(int(code), out, err)
+            with (folder / "out").open("w+") as out, (folder / "err").open("w+") as err:
+                words = ["-m", "hpcprune", *map(str, argv)]
+                streams = [0, out.fileno(), err.fileno()]
+                code = Fork(socket, words, {**environment, **env}, streams, user).wait(timeout=120)
+                return Ended(code, *((stream.seek(0), stream.read())[1] for stream in (out, err)))
 
-        try:
-            yield command
-        finally:
-            stdin.close()
+        yield command
 
 
 def process(*argv: str | Path, **env: str) -> Ended:

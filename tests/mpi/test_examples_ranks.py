@@ -33,7 +33,7 @@ def test_an_example_runs_under_mpirun(mpirun: Launch, tmp_path: Path, name: str)
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     env = {**ONE_HOST, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)} if name == "hf_trainer.py" else ONE_HOST
-    check(mpirun(2, FOLDER / name, timeout=120, env={**env, "HF_HUB_OFFLINE": "1"}))
+    check(mpirun(2, FOLDER / name, timeout=120, env={**env, "HF_HUB_OFFLINE": "1"}, forked=False))
 
 
 def test_an_example_runs_under_torchrun() -> None:

@@ -15,10 +15,12 @@ SEED = 25
 
 
 @pytest.mark.timeout(900)
-def test_15_runs_killed_at_random_instants_go_on_bit_for_bit(tmp_path: Path, uninterrupted: Path) -> None:
+def test_15_runs_killed_at_random_instants_go_on_bit_for_bit(
+    tmp_path: Path, uninterrupted: Path, forks: list[str | Path]
+) -> None:
     expected = read_model(uninterrupted / "model.h5")
     # A draw whose moment never comes is no kill: how many checkpoints there are hangs on the disk.
-    outcomes = [outcome for outcome in try_many(15, SEED, 2, tmp_path, expected) if outcome.kind != "not killed"]
+    outcomes = [outcome for outcome in try_many(15, SEED, 2, tmp_path, expected, forks) if outcome.kind != "not killed"]
     assert Counter(outcome.kind for outcome in outcomes) == {"right": 15}, "\n".join(
         f"{outcome.fault} on rank {outcome.fault.rank}: {outcome.kind}: {outcome.why}"
         for outcome in outcomes

@@ -58,11 +58,12 @@ def install() -> None:
 
 def kill(seconds: float, who: str) -> None:
     """Kill `who` after some seconds, and record when."""
-    parent = os.getppid()
+    this = int(os.environ.get("STANDS_FOR_RANK", os.getpid()))  # the process that mpirun has started
+    parent = int(Path(f"/proc/{this}/stat").read_text().split()[3])
     siblings = Path(f"/proc/{parent}/task/{parent}/children").read_text().split()
     victims = {
         "self": [os.getpid()],
-        "all": sorted(map(int, siblings), key=lambda pid: pid == os.getpid()),  # oneself last
+        "all": sorted(map(int, siblings), key=lambda pid: pid == this),  # oneself last
         "mpirun": [parent],
     }[who]
     record = os.open(os.environ["FAULT_RECORD"], os.O_WRONLY)
