@@ -10,6 +10,7 @@ and ends as the fork ends, by a signal or with a status. When it is killed, so i
 from __future__ import annotations
 
 import atexit
+import gc
 import importlib.util
 import json
 import os
@@ -73,6 +74,7 @@ def serve(path: str, modules: list[str]) -> None:
     """Fork for whoever connects, until standard input ends; the modules are imported beforehand."""
     for module in modules:
         importlib.import_module(module)
+    gc.freeze()  # or each fork's collector would touch, and so copy, every page of what was imported
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for those that wait for the forks
     with socket.socket(socket.AF_UNIX) as listener:
         listener.bind(path)

@@ -53,13 +53,13 @@ class SlurmJob:
     def text(self) -> str:
         return self.output.read_text() if self.output.exists() else ""
 
-    def wait(self, condition: Callable[[], bool], what: str, timeout: float = 120) -> None:
+    def wait(self, condition: Callable[[], bool], what: str, timeout: float = 300) -> None:
         end = time.monotonic() + timeout
         while not condition():
             assert time.monotonic() < end, f"waited for {what}: {self.show()}\n{self.text}"
             time.sleep(0.2)
 
-    def end(self, timeout: float = 240) -> str:
+    def end(self, timeout: float = 300) -> str:
         """Wait until it is over; its state then."""
         self.wait(lambda: self.state in OVER, "the end", timeout)
         return self.state

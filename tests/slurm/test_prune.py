@@ -15,7 +15,7 @@ from tests.conftest import ROOT, TINY
 from tests.mpi.test_run import PACK, assert_same_weights
 from tests.slurm.conftest import OVER, Slurm, SlurmJob, clear, emulate
 
-pytestmark = pytest.mark.timeout(600)
+pytestmark = pytest.mark.timeout(900)
 TWO = ("--nodes=2", "--ntasks-per-node=1", "--exclusive", "--cpus-per-task=1")  # with threads as under mpirun
 SCRIPT = ROOT / "slurm/prune.sh"
 
