@@ -46,8 +46,35 @@ INLINE Float4 entry(const Column* column, const Value* value, const float* x, Fl
   return load<Float4>(value) * Float4{x[column[0]], x[column[1]], x[column[2]], x[column[3]]} + sum;
 }
 
+#if LANES == 16
+
+INLINE __m512i wide(const uint8_t* column) {
+  return _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(column)));
+}
+
+INLINE __m512i wide(const uint16_t* column) {
+  return _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(column)));
+}
+
+// Four entries of each row of a group, with one instruction that fetches 16 numbers.
+template <class Column, class Value>
+INLINE Float16 entries(const Column* column, const Value* value, const float* x, Float16 sum) {
+  return load<Float16>(value) * Float16(_mm512_i32gather_ps(wide(column), x, sizeof(float))) + sum;
+}
+
+INLINE Float4 fold(Float16 sum) {
+  float lanes[16];
+  store(sum, lanes);
+  return load<Float4>(lanes) + load<Float4>(lanes + 4) + (load<Float4>(lanes + 8) + load<Float4>(lanes + 12));
+}
+
+#endif
+
 template <class Column, class Value>
 inline void single(const Layout& w, const Value* weights, int64_t first, int64_t last, const float* x, float* sums) {
+#if LANES == 16
+  const bool gathers = gathers_fast();
+#endif
   for (int64_t p = 0; p < w.panels; ++p, x += w.panel)
     for (int64_t c = first; c < last; ++c) {
       const int64_t at = w.start[p * w.chunks + c] * GROUP, stop = w.last_group(p, c);
@@ -63,6 +90,19 @@ inline void single(const Layout& w, const Value* weights, int64_t first, int64_t
         Float4 sum = {to[row[0]], to[row[1]], to[row[2]], to[row[3]]}, sum1 = {0, 0, 0, 0};
         if (pair) sum1 = Float4{to[row[4]], to[row[5]], to[row[6]], to[row[7]]};
         int64_t j = 0;
+#if LANES == 16
+        if (gathers) {
+          Float16 four = {}, four1 = {};
+          for (; j + 16 <= shorter * GROUP; j += 16) {
+            __builtin_prefetch(value + 1024 + 2 * j);
+            __builtin_prefetch(value + 1024 + 2 * j + 16);
+            four = entries(column + j, value + j, x, four);
+            four1 = entries(column1 + j, value1 + j, x, four1);
+          }
+          sum += fold(four);
+          sum1 += fold(four1);
+        }
+#endif
         for (; j < shorter * GROUP; j += GROUP) {
           __builtin_prefetch(value + 1024 + 2 * j);
           sum = entry(column + j, value + j, x, sum);
