@@ -56,16 +56,14 @@ INLINE __m512i wide(const uint16_t* column) {
   return _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(column)));
 }
 
-// Four entries of each row of a group, with one instruction that fetches 16 numbers.
+// Four entries of each row of a group, of which one instruction fetches the numbers that they meet.
 template <class Column, class Value>
-INLINE Float16 entries(const Column* column, const Value* value, const float* x, Float16 sum) {
-  return load<Float16>(value) * Float16(_mm512_i32gather_ps(wide(column), x, sizeof(float))) + sum;
-}
-
-INLINE Float4 fold(Float16 sum) {
-  float lanes[16];
-  store(sum, lanes);
-  return load<Float4>(lanes) + load<Float4>(lanes + 4) + (load<Float4>(lanes + 8) + load<Float4>(lanes + 12));
+INLINE Float4 entries(const Column* column, const Value* value, const float* x, Float4 sum) {
+  const __m512 met = _mm512_i32gather_ps(wide(column), x, sizeof(float));
+  sum = load<Float4>(value) * Float4(_mm512_castps512_ps128(met)) + sum;
+  sum = load<Float4>(value + 4) * Float4(_mm512_extractf32x4_ps(met, 1)) + sum;
+  sum = load<Float4>(value + 8) * Float4(_mm512_extractf32x4_ps(met, 2)) + sum;
+  return load<Float4>(value + 12) * Float4(_mm512_extractf32x4_ps(met, 3)) + sum;
 }
 
 #endif
@@ -92,15 +90,12 @@ inline void single(const Layout& w, const Value* weights, int64_t first, int64_t
         int64_t j = 0;
 #if LANES == 16
         if (gathers) {
-          Float16 four = {}, four1 = {};
           for (; j + 16 <= shorter * GROUP; j += 16) {
             __builtin_prefetch(value + 1024 + 2 * j);
             __builtin_prefetch(value + 1024 + 2 * j + 16);
-            four = entries(column + j, value + j, x, four);
-            four1 = entries(column1 + j, value1 + j, x, four1);
+            sum = entries(column + j, value + j, x, sum);
+            sum1 = entries(column1 + j, value1 + j, x, sum1);
           }
-          sum += fold(four);
-          sum1 += fold(four1);
         }
 #endif
         for (; j < shorter * GROUP; j += GROUP) {
