@@ -27,7 +27,7 @@ void pack(const Element* x, int64_t step, int64_t columns, int64_t width, int64_
       const Element* from = x + s * step + k;
       float* to = packed + s * UNIT;
       if (here == UNIT) {
-        for (int64_t i = 0; i < UNIT; i += 4) store(load<Float4>(from + i), to + i);  // a compiler left it at one
+        for (int64_t i = 0; i < UNIT; i += 4) store(load<Float4>(from + i), to + i);  // or GCC moves one at a time
       } else {
         for (int64_t i = 0; i < UNIT; ++i) to[i] = i < here ? widen(from[i]) : 0.0f;
       }
