@@ -43,7 +43,9 @@ def pruned(rows: int, columns: int, sparsity: float, pattern: str) -> Tensor:
         side = SIDE if pattern == "blocks" else 1
         kept = torch.rand(-(-rows // side), -(-columns // side), generator=generator) >= sparsity
         kept = kept.repeat_interleave(side, 0).repeat_interleave(side, 1)[:rows, :columns]
-    return torch.randn(rows, columns, generator=generator) * kept
+    weights = torch.randn(rows, columns, generator=generator)
+    weights[weights == 0] = 1.0  # one in some millions, which would break its block
+    return weights * kept
 
 
 def bits_of(weights: Tensor) -> np.ndarray:
