@@ -31,11 +31,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from hpcprune.checkpoint import State, newest_step, read_model
 from hpcprune.errors import CheckpointError
-from tests.conftest import NOT_STARTED, TINY, launch_command, launch_environment
+from tests.conftest import NOT_STARTED, PYTHON, TINY, launch_command, launch_environment
 from tests.mpi.test_run import assert_same_weights
 
 Python = Sequence[str | Path]  # the command that starts it
-THIS: Python = (sys.executable,)
 TIMEOUT = 120.0
 LONGEST_LIFE = 10.0  # seconds that a rank may live after the kill
 # Each moment of tests/jobs/tiny/faults.py: how often the job comes to it (less often where the disk is slow, since a
@@ -184,14 +183,14 @@ def try_one(fault: Fault, ranks: int, out: Path, expected: State, python: Python
 
 def undisturbed(ranks: int, out: Path) -> State:
     """What a run ends in that nothing disturbs."""
-    ended = launch(out, ranks, THIS)
+    ended = launch(out, ranks, PYTHON)
     if ended.status != 0:
         sys.exit(f"{ended.text}\nthe undisturbed run failed; run it by hand: hpcprune run {TINY}")
     return read_model(out / "model.h5")
 
 
 def try_many(
-    kills: int, seed: int, ranks: int, base: Path, expected: State, python: Python = THIS
+    kills: int, seed: int, ranks: int, base: Path, expected: State, python: Python = PYTHON
 ) -> Iterator[Outcome]:
     """What became of runs in `base`, until so many were killed; draws whose moment never came are among them."""
     chance, killed = random.Random(seed), 0

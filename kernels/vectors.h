@@ -7,10 +7,6 @@
 #include <cstdint>
 #include <cstring>
 
-#if defined(__x86_64__)
-#include <cpuid.h>
-#endif
-
 #define INLINE inline __attribute__((always_inline))
 
 #if defined(__clang__) || __GNUC__ >= 12
@@ -59,18 +55,6 @@ INLINE Vector load(const bfloat16* from) {
   std::memcpy(&result, lanes, sizeof result);
   return result;
 }
-
-#if defined(__x86_64__)
-// Whether one instruction that fetches 16 numbers takes less time than 16: Intel's does since it has AMX. AMD's takes
-// longer, and that of earlier Intel's was slowed down to close a leak.
-inline bool gathers_fast() {
-  static const bool fast = [] {
-    unsigned a, b, c, d;
-    return __builtin_cpu_is("intel") && __get_cpuid_count(7, 0, &a, &b, &c, &d) && d >> 24 & 1;
-  }();
-  return fast;
-}
-#endif
 
 // Calls a product with its pointers as the types that they have: of `kind`, 1 is set where the weights are bfloat16,
 // else float, and 2 where X and Y are.

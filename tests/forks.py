@@ -90,7 +90,7 @@ def serve(path: str, modules: list[str]) -> None:
 
 
 def attend(connection: socket.socket) -> None:
-    """Fork, and tell the fork's end to whoever asked."""
+    """Fork, and tell the fork's end to whoever asked; neither process returns from here."""
     message, streams, _, _ = socket.recv_fds(connection, 1 << 20, 3)
     while not message.endswith(b"\n"):
         message += connection.recv(1 << 20)
@@ -121,7 +121,8 @@ def become(call: dict, streams: list[int]) -> None:
     os.chdir(call["folder"])
     os.environ.clear()
     os.environ.update(call["environment"])
-    code, before = prepared(call["words"]), "mpi4py.MPI" in sys.modules
+    code = prepared(call["words"])
+    has_mpi = "mpi4py.MPI" in sys.modules
     if call["user"]:
         os.setgroups([])
         os.setgid(call["user"])
@@ -131,14 +132,15 @@ def become(call: dict, streams: list[int]) -> None:
         exec(code, sys.modules["__main__"].__dict__)
     except SystemExit as end:
         status = end.code if isinstance(end.code, int) else int(end.code is not None)
-        print(end.code, file=sys.stderr) if isinstance(end.code, str) else None
+        if isinstance(end.code, str):
+            print(end.code, file=sys.stderr)
     except BaseException:
         traceback.print_exc()
         status = 1
     # As Python ends, except that it would take modules apart, for 2 s: every page of them would be copied first.
     threading._shutdown()
     atexit._run_exitfuncs()
-    if (mpi := sys.modules.get("mpi4py.MPI")) and not before and mpi.Is_initialized() and not mpi.Is_finalized():
+    if (mpi := sys.modules.get("mpi4py.MPI")) and not has_mpi and mpi.Is_initialized() and not mpi.Is_finalized():
         mpi.Finalize()
     sys.stdout.flush()
     os._exit(status)
