@@ -25,13 +25,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Which matrices, how many rows of X, and whether it is the gradients that are measured."""
     parser.add_argument("--shapes", type=numbers(_shape), default=SHAPES, help=f"out x in ({SHAPES})")
     parser.add_argument("--batch", type=numbers(int), default="1,8,32,256")
-    parser.add_argument("--sparsity", type=numbers(float), default="0.5,0.6,0.8,0.9,0.95,0.99")
+    parser.add_argument("--sparsity", type=numbers(_fraction), default="0.5,0.6,0.8,0.9,0.95,0.99")
     parser.add_argument("--backward", action="store_true", help="both gradients instead")
 
 
 def _shape(text: str) -> tuple[int, int]:
     rows, _, columns = text.partition("x")
     return int(rows), int(columns)
+
+
+def _fraction(text: str) -> float:
+    if not 0 <= (fraction := float(text)) < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not a sparsity: at least 0 and less than 1, as 0.9 for 90 %")
+    return fraction
 
 
 def pruned(rows: int, columns: int, sparsity: float, pattern: str) -> Tensor:
