@@ -18,12 +18,21 @@ import pydantic
 import yaml
 from pydantic import Field, PrivateAttr, ValidationInfo
 
-from hpcprune.criteria import CRITERIA
+from hpcprune.criteria import CRITERIA, Scope
 from hpcprune.errors import show
 from hpcprune.section import PARSED, Count, Fraction, Positive, Section, Text, refuse
 from hpcprune.training import Retraining, Training
 
 __all__ = ["Job", "Prune", "differences"]
+
+
+class Calibrate(Section):
+    """The training samples that a criterion looks at, where it looks at any."""
+
+    samples: Count = 512
+    """How many of the training samples, drawn by the seed; all where there are fewer."""
+    batch_size: Count = 32
+    """Samples a batch; each rank takes batches of its own."""
 
 
 class Prune(Section):
@@ -33,8 +42,14 @@ class Prune(Section):
     """How a weight is scored; the lowest scores go."""
     sparsity: Fraction
     """The share of the prunable weights that is gone at the end."""
-    scope: Literal["global", "layer"] = "global"
-    """What is ranked together: all layers, or each layer on its own (every layer then has the same sparsity)."""
+    scope: Scope = Field(default=None, validate_default=True)
+    """What is ranked together: all layers, each layer by itself, or each output (row) of each layer; where it is not
+    given, row for wanda and global for the others."""
+    distribution: Literal["uniform", "erk"] = "uniform"
+    """scope layer and row: whether all layers have the same sparsity, or the smaller ones less (Erdos-Renyi-kernel)."""
+    layers: dict[Text, Fraction] = Field(default_factory=dict)
+    """scope layer and row: sparsities of layers of their own, by patterns like those of `include`; `sparsity` is that
+    of the others."""
     rounds: Count = 1
     """How many times it is pruned and retrained."""
     schedule: Literal["one-shot", "linear", "cubic"] = Field(default=None, validate_default=True)
@@ -44,6 +59,8 @@ class Prune(Section):
     parameter or of its module."""
     exclude: tuple[Text, ...] = ()
     """Which of the included are left alone: patterns like those of `include`."""
+    calibrate: Calibrate | None = Field(default=None, validate_default=True)
+    """The samples that are looked at by criteria other than magnitude, lamp and random."""
 
     @pydantic.field_validator("criterion")
     @classmethod
@@ -52,12 +69,38 @@ class Prune(Section):
             raise ValueError("unknown criterion")
         return value
 
+    @pydantic.field_validator("scope", mode="before")
+    @classmethod
+    def _scope_of_criterion(cls, value: Any, info: ValidationInfo) -> Any:
+        criterion = CRITERIA.get(info.data.get("criterion", ""))
+        return criterion.scope if value is None and criterion is not None else value
+
+    @pydantic.field_validator("calibrate", mode="before")
+    @classmethod
+    def _calibrate_of_criterion(cls, value: Any, info: ValidationInfo) -> Any:
+        criterion = CRITERIA.get(info.data.get("criterion", ""))
+        if criterion is None or criterion.looks_at != "weights":
+            return {} if value is None else value
+        if value is not None:
+            raise refuse(f"{criterion.name} looks at weights alone, not at samples; remove calibrate")
+        return None
+
     @pydantic.field_validator("schedule", mode="before")
     @classmethod
     def _schedule_of_rounds(cls, value: Any, info: ValidationInfo) -> Any:
         if value is None:
             return "one-shot" if info.data.get("rounds", 1) == 1 else "cubic"
         return value
+
+    @pydantic.model_validator(mode="after")
+    def _sparsity_by_layer(self) -> Prune:
+        if self.scope == "global" and (self.layers or self.distribution != "uniform"):
+            key = "layers" if self.layers else "distribution"
+            raise refuse(
+                f"{key}: with scope: global the threshold gives each layer its sparsity; write scope: layer (or row), "
+                f"or remove {key}"
+            )
+        return self
 
     @pydantic.model_validator(mode="after")
     def _one_shot_is_one(self) -> Prune:

@@ -155,6 +155,8 @@ def _allowed(schema: dict[str, Any]) -> str:
         return f"a list of {len(schema['prefixItems'])} items, each {_allowed(schema['prefixItems'][0])}"
     if schema["type"] == "array":
         return f"a list of {schema.get('minItems', 0)} or more items, each {_allowed(schema['items'])}"
+    if schema["type"] == "object":
+        return f"a mapping of texts, each to {_allowed(schema['additionalProperties'])}"
     if schema["type"] == "string":
         return _TEXT
     word = "a whole number" if schema["type"] == "integer" else "a number"

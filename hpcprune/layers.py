@@ -17,7 +17,7 @@ from hpcprune.errors import JobError
 from hpcprune.shards import Layer
 from hpcprune.tensors import dtype_name
 
-__all__ = ["find_layers"]
+__all__ = ["find_layers", "matching"]
 
 _CONVOLUTIONS = (
     nn.Conv1d,
@@ -37,27 +37,27 @@ def find_layers(model: nn.Module, include: Sequence[str] = ("*",), exclude: Sequ
         JobError: a pattern matches nothing, or no layer is left.
     """
     prunable = {id(parameter) for _, parameter in _weights(model)} - {id(p) for p in _spared(model)}
-    owners = {name: name.rpartition(".")[0] for name, _ in model.named_parameters()}
     names = [name for name, parameter in model.named_parameters() if id(parameter) in prunable and parameter.numel()]
     for key, patterns in (("include", include), ("exclude", exclude)):
         for pattern in patterns:
-            if pattern != "*" and not any(_matches(pattern, name, owners[name]) for name in names):
+            if pattern != "*" and not matching(pattern, names):
                 near = difflib.get_close_matches(pattern, names, n=3, cutoff=0.3) or names[:3]
                 raise JobError(
                     f"prune.{key}: {pattern!r} matches no prunable layer; there are {len(names)}"
                     + (f", such as {', '.join(near)}" if near else "")
                 )
-    chosen = [
-        name
-        for name in names
-        if any(_matches(pattern, name, owners[name]) for pattern in include)
-        and not any(_matches(pattern, name, owners[name]) for pattern in exclude)
-    ]
+    wanted, unwanted = ({name for pattern in p for name in matching(pattern, names)} for p in (include, exclude))
+    chosen = [name for name in names if name in wanted - unwanted]
     if not chosen:
         reason = f"prune.include and prune.exclude leave none of {len(names)}" if names else _no_layers(model)
         raise JobError(f"no prunable layer: {reason}")
     parameters = dict(model.named_parameters())
     return [Layer(name, tuple(parameters[name].shape), dtype_name(parameters[name])) for name in chosen]
+
+
+def matching(pattern: str, names: Sequence[str]) -> list[str]:
+    """Those of some parameters that a shell pattern names, themselves or the module that holds them."""
+    return [name for name in names if _matches(pattern, name, name.rpartition(".")[0])]
 
 
 def _matches(pattern: str, name: str, owner: str) -> bool:

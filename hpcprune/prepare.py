@@ -12,6 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from hpcprune.criteria import CRITERIA
+from hpcprune.distribution import sparsities_of_layers
 from hpcprune.errors import NumericsError, TaskError
 from hpcprune.job import Job
 from hpcprune.launch import check_gpus
@@ -70,6 +72,10 @@ def _prepare(job: Job, world: World, threads: int, device: torch.device, gpus: l
     seed_all(job.seed, "model")
     model = build_model(task)
     layers = find_layers(model, job.prune.include, job.prune.exclude)
+    sparsities_of_layers(job.prune, layers, job.prune.sparsity)
+    criterion = CRITERIA[job.prune.criterion]
+    if criterion.looks_at != "weights":
+        criterion.statistic().check(model, layers)
     if not any(parameter.requires_grad for parameter in model.parameters()):
         raise TaskError(
             f"task: {type(task).__name__}.model(): none of its parameters requires a gradient, so nothing could be "
@@ -90,7 +96,8 @@ def _prepare(job: Job, world: World, threads: int, device: torch.device, gpus: l
         dense = plan_steps(job.train, samples, world.size, "train")
     retrain = plan_steps(job.retrain, samples, world.size, "retrain")
     model.to(device)
-    return Prepared(task, model, data, layers, deal(layers, world.size), dense, retrain, threads)
+    shards = deal(layers, world.size, whole_rows=job.prune.scope == "row")
+    return Prepared(task, model, data, layers, shards, dense, retrain, threads)
 
 
 def _choose_device(world: World) -> torch.device:

@@ -18,6 +18,7 @@ from hpcprune.evaluate import evaluate
 from hpcprune.exchange.choose import open_exchange
 from hpcprune.exchange.wire import travelling_dtypes
 from hpcprune.folder import RunFolder
+from hpcprune.goal import gather_statistic, goal_of_round
 from hpcprune.job import Job
 from hpcprune.journal import Journal
 from hpcprune.launch import check_code, check_folder, late_checkpoint
@@ -27,12 +28,11 @@ from hpcprune.native import cuda, library
 from hpcprune.outcome import build_report, measure_costs, measure_inference, rank_load, weight_histogram
 from hpcprune.prepare import prepare
 from hpcprune.progress import Display
-from hpcprune.pruning import prune_layers
+from hpcprune.ranking import prune_layers
 from hpcprune.report.page import write_html
 from hpcprune.report.write import write_json
 from hpcprune.resuming import resume
 from hpcprune.saving import Saver
-from hpcprune.schedule import sparsity_of_round
 from hpcprune.slurm import seconds_left
 from hpcprune.stage import Carried, begin_stage
 from hpcprune.stop import StopFlag
@@ -141,16 +141,14 @@ class Run:
     def _prune(self) -> None:
         prune, ledger = self.job.prune, self.ledger
         self.journal.stage("prune", ledger, self.masks.sparsity)
-        sparsity = sparsity_of_round(prune, ledger.round)
-        found = prune_layers(
-            dict(self.model.named_parameters()),
-            self.masks,
-            self.prepared.shards,
-            sparsity,
-            prune.scope,
-            prune.criterion,
-            self.world,
-        )
+        statistic = None
+        if prune.calibrate is not None:
+            title = f"round {ledger.round}/{prune.rounds}: calibrate"
+            with ledger.timed("calibrate"):
+                statistic = gather_statistic(self.job, self.prepared, self.world, ledger.round, title, self.display)
+        goal = goal_of_round(self.job, self.prepared.layers, ledger.round)
+        parameters = dict(self.model.named_parameters())
+        found = prune_layers(parameters, self.masks, self.prepared.shards, goal, self.world, statistic)
         found.masks.apply(self.model)
         self.masks = found.masks
         ledger.run_step += 1

@@ -49,16 +49,17 @@ class Span:
         return self.stop - self.start
 
 
-def deal(layers: Sequence[Layer], ranks: int) -> list[list[Span]]:
+def deal(layers: Sequence[Layer], ranks: int, *, whole_rows: bool = False) -> list[list[Span]]:
     """The spans that each of `ranks` ranks owns, in global order; a rank without any has an empty list.
 
-    The largest shard has at most 1.05 times the mean's weights for any layers with more than 20 rows a rank.
+    The largest shard has at most 1.05 times the mean's weights for any layers with more than 20 rows a rank. With
+    `whole_rows` no row is cut, however uneven that is.
     """
     edges = [0]
     for layer in layers:
         edges.append(edges[-1] + layer.weights)
     fair = edges[-1] / ranks
-    cuts = [0, *(_snap(round(rank * fair), fair, layers, edges) for rank in range(1, ranks)), edges[-1]]
+    cuts = [0, *(_snap(round(rank * fair), fair, layers, edges, whole_rows) for rank in range(1, ranks)), edges[-1]]
     return [_spans(start, max(start, stop), edges) for start, stop in itertools.pairwise(cuts)]
 
 
@@ -68,10 +69,12 @@ def imbalance(shards: Sequence[Sequence[Span]]) -> float:
     return max(loads) * len(loads) / sum(loads) if sum(loads) else 1.0
 
 
-def _snap(cut: int, fair: float, layers: Sequence[Layer], edges: Sequence[int]) -> int:
+def _snap(cut: int, fair: float, layers: Sequence[Layer], edges: Sequence[int], whole_rows: bool) -> int:
     slack = SNAP * fair
     for (start, stop), layer in zip(itertools.pairwise(edges), layers, strict=True):
         if start <= cut < stop:
+            if whole_rows:
+                return start + round((cut - start) / layer.row) * layer.row
             if min(cut - start, stop - cut) <= slack:
                 return start if cut - start <= stop - cut else stop
             # Rows whose first weight begins a byte of the packed mask make the masks cheap to put together.

@@ -16,7 +16,7 @@ import hashlib
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import numpy as np
 import numpy.typing as npt
@@ -264,6 +264,11 @@ def _raise_nan(groups: Sequence[Group], world: World) -> None:
             where = f" of rank {world.rank}" if world.size > 1 else ""
             name = part.name or f"array {number}" + (f" of group {group.index}" if len(groups) > 1 else "") + where
             mine.append((name, part.count_nan(), part.size))
+    raise_nan(mine, world)
+
+
+def raise_nan(mine: Sequence[tuple[str, int, int]], world: World) -> NoReturn:
+    """Raise NumericsError on every rank, each with its own (name, NaNs, size) of arrays of scores. Collective."""
     found: dict[str, tuple[int, int]] = {}
     for name, nans, size in (row for rows in world.allgather(mine, "threshold: NaN") for row in rows):
         before = found.get(name, (0, 0))

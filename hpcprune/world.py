@@ -155,6 +155,16 @@ class World:
         self._wait_request(self.comm.Iallreduce(source, result, operation), what)
         return result
 
+    def reduce(self, array: Array, root: int, what: str) -> Array | None:
+        """The element-wise sum over all ranks, for rank `root`; None on the others."""
+        self.bytes_reduced += array.nbytes
+        if self.comm is None or self.size == 1:
+            alone: Array = array.copy()
+            return alone
+        result: Array | None = np.empty_like(array) if self.rank == root else None
+        self._wait_request(self.comm.Ireduce(np.ascontiguousarray(array), result, root=root), what)
+        return result
+
     def allgather(self, value: T, what: str) -> list[T]:
         """Every rank's value, in rank order. For small values: they are pickled."""
         if self.size == 1:

@@ -61,9 +61,10 @@ def test_ties_are_cut_in_global_order() -> None:
 
 def test_pruning_again_goes_further_and_brings_nothing_back() -> None:
     """Through the run's own function, whose masks of one round are what the next begins with."""
+    from hpcprune.criteria import CRITERIA
     from hpcprune.layers import find_layers
     from hpcprune.masks import Masks
-    from hpcprune.pruning import prune_layers
+    from hpcprune.ranking import Goal, prune_layers
     from hpcprune.shards import deal
 
     model = network()
@@ -73,7 +74,8 @@ def test_pruning_again_goes_further_and_brings_nothing_back() -> None:
     masks = Masks.full(layers)
     for scope in ("global", "layer"):
         for sparsity in (0.3, 0.3, 0.7, 0.95):
-            found = prune_layers(parameters, masks, shards, sparsity, scope, "magnitude", World.alone()).masks
+            goal = Goal(CRITERIA["magnitude"], scope, sparsity)
+            found = prune_layers(parameters, masks, shards, goal, World.alone()).masks
             for name in found:
                 assert not torch.any(found[name] & ~masks[name])
             masks = found

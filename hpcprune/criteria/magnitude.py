@@ -5,19 +5,21 @@ Han et al., "Learning both Weights and Connections for Efficient Neural Networks
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from hpcprune.criteria.criterion import Criterion, Piece
+
 if TYPE_CHECKING:
-    import torch
+    from torch import Tensor
 
 __all__ = ["Magnitude"]
 
 
-@dataclass(frozen=True)
-class Magnitude:
-    name: str = "magnitude"
-    absolute: bool = True
+class Magnitude(Criterion):
+    """|w|."""
 
-    def scores(self, weights: torch.Tensor) -> torch.Tensor:
-        return weights
+    name = "magnitude"
+    absolute = True
+
+    def scores(self, piece: Piece) -> Tensor:
+        return piece.weights

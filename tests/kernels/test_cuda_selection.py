@@ -10,9 +10,10 @@ import torch
 from torch import Tensor, nn
 
 import hpcprune
+from hpcprune.criteria import CRITERIA
 from hpcprune.errors import NumericsError
 from hpcprune.native import cuda_threshold, threshold
-from hpcprune.pruning import prune_layers
+from hpcprune.ranking import Goal, prune_layers
 from hpcprune.shards import deal
 from hpcprune.threshold import Limits, kth_smallest, select_survivors
 from hpcprune.world import World
@@ -103,7 +104,7 @@ def test_a_model_is_pruned_in_rounds_as_on_the_host(
             monkeypatch.setattr(cuda_threshold, "integers_there", lambda scores: None)
         masks = hpcprune.prune(model, sparsity=0.5)
         shards = deal(masks.layers, 1)
-        given = masks, shards, 0.8, "global", "magnitude", World.alone()
+        given = masks, shards, Goal(CRITERIA["magnitude"], "global", 0.8), World.alone()
         found.append([masks, prune_layers(dict(model.named_parameters()), *given).masks])
         assert bool(counted) == there
         counted.clear()

@@ -17,9 +17,9 @@ from pathlib import Path
 
 # Where the work of each moment is done, as the module that calls it names it.
 MOMENTS = {
-    "scoring": "hpcprune.pruning:_scores",
-    "threshold": "hpcprune.pruning:select_survivors",
-    "masks": "hpcprune.pruning:gather_masks",
+    "scoring": "hpcprune.ranking:_score",
+    "threshold": "hpcprune.ranking:select_survivors",
+    "masks": "hpcprune.ranking:gather_masks",
     "backward": "hpcprune.buckets:Buckets.backward",
     "all-reduce": "hpcprune.buckets:Buckets.wait",
     "evaluation": "hpcprune.run:evaluate",

@@ -1,0 +1,71 @@
+"""A criterion: how a weight is scored, and what must be known for it. The weights with the lowest scores go.
+
+Job files name criteria, so nothing here imports torch.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar, Literal
+
+if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
+    from torch import Tensor
+
+    from hpcprune.shards import Layer, Span
+    from hpcprune.statistics import Statistic
+
+__all__ = ["SCOPES", "Criterion", "Piece", "Scope"]
+
+Scope = Literal["global", "layer", "row"]
+SCOPES: tuple[Scope, ...] = ("global", "layer", "row")
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A rank's part of a layer, as a criterion sees it.
+
+    parameter: the layer's weights, all of them. survivors: the packed mask of what survived so far; None for all.
+    statistic: float64, a number for each weight of the span, where the criterion asked for one. seed: the job's.
+    """
+
+    layer: Layer
+    span: Span
+    parameter: Tensor
+    survivors: npt.NDArray[np.uint8] | None
+    statistic: Tensor | None
+    seed: int
+
+    @property
+    def weights(self) -> Tensor:
+        """Those of the span, flat, in the parameter's own memory where it is contiguous."""
+        return self.parameter.detach().reshape(-1)[self.span.start : self.span.stop]
+
+    @property
+    def gathered(self) -> Tensor:
+        """The statistic, which is there as the criterion asked for it."""
+        assert self.statistic is not None
+        return self.statistic
+
+
+class Criterion(ABC):
+    """How a weight is scored."""
+
+    name: ClassVar[str]
+    """In the job file."""
+    scope: ClassVar[Scope] = "global"
+    """What is ranked together where the user does not say."""
+    absolute: ClassVar[bool] = False
+    """Whether the magnitudes of what `scores` gives count; they are taken on the fly and never stored."""
+    looks_at: ClassVar[Literal["weights", "inputs", "loss"]] = "weights"
+    """What it must be given: nothing but the weights, samples to run the model on, or their loss too."""
+
+    @abstractmethod
+    def scores(self, piece: Piece) -> Tensor:
+        """A score for each weight of a piece: flat, of any float dtype. Those of pruned weights are not looked at."""
+
+    def statistic(self) -> Statistic:
+        """What is to be gathered where `looks_at` is not "weights"."""
+        raise NotImplementedError(f"{self.name} looks at weights alone")

@@ -1,0 +1,8 @@
+"""Statistics: what criteria need to know of the data. Each rank looks at batches of its own; owners get the sums."""
+
+from hpcprune.statistics.calibration import Calibration
+from hpcprune.statistics.gradients import Gradients
+from hpcprune.statistics.inputs import InputEnergy
+from hpcprune.statistics.statistic import Gathered, Statistic
+
+__all__ = ["Calibration", "Gathered", "Gradients", "InputEnergy", "Statistic"]
