@@ -53,5 +53,5 @@ def erdos_renyi_kernel(layers: Sequence[Layer], sparsity: float) -> list[float]:
         scale = left / sum(raw[number] * layers[number].weights for number in rest) if rest else 0.0
         denser = {number for number in rest if scale * raw[number] > 1}
         if not denser:
-            return [0.0 if number in whole else 1 - scale * raw[number] for number in range(len(layers))]
+            return [0.0 if number in whole else max(0.0, 1 - scale * raw[number]) for number in range(len(layers))]
         whole |= denser

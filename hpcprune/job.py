@@ -47,7 +47,7 @@ class Prune(Section):
     given, row for wanda and global for the others."""
     distribution: Literal["uniform", "erk"] = "uniform"
     """scope layer and row: whether all layers have the same sparsity, or the smaller ones less (Erdos-Renyi-kernel)."""
-    layers: dict[Text, Fraction] = Field(default_factory=dict)
+    layers: dict[Text, Fraction] = Field(default={})
     """scope layer and row: sparsities of layers of their own, by patterns like those of `include`; `sparsity` is that
     of the others."""
     rounds: Count = 1
@@ -73,7 +73,9 @@ class Prune(Section):
     @classmethod
     def _scope_of_criterion(cls, value: Any, info: ValidationInfo) -> Any:
         criterion = CRITERIA.get(info.data.get("criterion", ""))
-        return criterion.scope if value is None and criterion is not None else value
+        if value is None:
+            return "global" if criterion is None else criterion.scope  # an unknown one is told of already
+        return value
 
     @pydantic.field_validator("calibrate", mode="before")
     @classmethod

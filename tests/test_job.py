@@ -139,6 +139,18 @@ VARIED = [
 ]
 
 
+def test_scope_and_calibrate_follow_from_the_criterion(write: Write) -> None:
+    path = write(SMALL)
+    plain, wanda, given = (
+        load_job(path, overrides).prune
+        for overrides in ([], ["prune.criterion=wanda"], ["prune.criterion=wanda", "prune.scope=global"])
+    )
+    assert (plain.scope, plain.calibrate) == ("global", None)
+    assert wanda.calibrate is not None
+    assert (wanda.scope, wanda.calibrate.samples, wanda.calibrate.batch_size) == ("row", 512, 32)
+    assert given.scope == "global"
+
+
 def test_the_resolved_job_reads_back_equal(write: Write) -> None:
     job = load_job(write(SMALL), VARIED)
     again = load_job(write(job.to_yaml()))
@@ -225,9 +237,14 @@ VALUES = [
     ("prune.sparsity", ".nan", "NaN is not a number in [0, 1)"),
     ("prune.sparsity", "'1e999'", '"1e999" is not a number in [0, 1)'),
     ("prune.sparsity", "[0.5]", "[0.5] is not a number in [0, 1)"),
-    ("prune.criterion", "magnitud", '"magnitud" is not one of magnitude; did you mean magnitude?'),
-    ("prune.criterion", "5", "5 is not one of magnitude"),
-    ("prune.scope", "globl", '"globl" is not one of global, layer; did you mean global?'),
+    (
+        "prune.criterion",
+        "magnitud",
+        '"magnitud" is not one of magnitude, lamp, random, sensitivity, snip, fisher, wanda; did you mean magnitude?',
+    ),
+    ("prune.criterion", "5", "5 is not one of magnitude, lamp, random, sensitivity, snip, fisher, wanda"),
+    ("prune.scope", "globl", '"globl" is not one of global, layer, row; did you mean global?'),
+    ("prune.layers", "{head: 1}", '{"head": 1} is not a mapping of texts, each to a number in [0, 1)'),
     ("prune.schedule", "weekly", '"weekly" is not one of one-shot, linear, cubic'),
     ("prune.rounds", "0", "0 is not a whole number of at least 1"),
     ("prune.rounds", "1.5", "1.5 is not a whole number of at least 1"),
@@ -311,7 +328,7 @@ def test_every_problem_has_a_line(write: Write) -> None:
         (
             "prune.sparsityy",
             "prune.sparsity",
-            "keys of prune: criterion, sparsity, scope, rounds, schedule, include, exc",
+            "keys of prune: criterion, sparsity, scope, distribution, layers, rounds, schedule, include, exc",
         ),
         (
             "prun",
@@ -372,6 +389,9 @@ def test_an_override_cannot_reach_into_what_is_no_section(write: Write) -> None:
         (["train=null"], "train: missing, and weights is train; say how to train, or name a file in weights"),
         (["retrain.steps=3"], "retrain: epochs and steps are both given; keep one (null takes the other back)"),
         (["retrain.epochs=null"], "retrain: how long? give epochs or steps (0 is no training)"),
+        (["prune.distribution=erk"], "distribution: with scope: global the threshold gives each layer its sparsity"),
+        (["prune.layers={head: 0.5}"], "layers: with scope: global the threshold gives each layer its sparsity"),
+        (["prune.calibrate.samples=5"], "magnitude looks at weights alone, not at samples; remove calibrate"),
         (["prune.rounds=2", "prune.schedule=one-shot"], "one-shot is 1 round, not 2; write schedule: cubic"),
         (["retrain.optimizer={name: adam, momentum: 0.9}"], "momentum belongs to sgd, not to adam; remove it"),
         (["retrain.optimizer={name: adamw, nesterov: true}"], "nesterov belongs to sgd, not to adamw"),
@@ -508,7 +528,9 @@ def test_the_page_says_what_the_schema_says(write: Write, key: Key) -> None:
     assert meaning == key.meaning
     beside = {"steps": ["epochs=null"], "final": ["lr_schedule.name=cosine"], "betas": ["optimizer.name=adam"]}
     beside |= {"at": ["lr_schedule.name=step"], "factor": ["lr_schedule.name=step"], "schedule": ["rounds=2"]}
+    beside |= {"distribution": ["scope=layer"], "layers": ["scope=row"], "samples": ["criterion=wanda"]}
     *sections, last = key.name.split(".")
+    beside |= {"batch_size": ["criterion=fisher"]} if "calibrate" in sections else {}
     needed = [f"{sections[0]}.{other}" for other in beside.get(last, [])]
     value = yaml.safe_load(example.strip("`"))
     job = load_job(write(SMALL), [*needed, f"{key.name}={example.strip('`')}"])

@@ -16,6 +16,7 @@ from tests.conftest import ROOT, launch_environment
 
 README = (ROOT / "README.md").read_text()
 KERNELS = (ROOT / "docs/kernels.md").read_text()
+CRITERIA = (ROOT / "docs/criteria.md").read_text()
 BIN = Path(sys.executable).parent
 # What a test cannot do again from inside: make the environment it runs in, and run itself.
 NOT_RUN = {"source .venv/bin/activate", "make test"}
@@ -66,7 +67,7 @@ def test_the_readmes_commands_work_one_after_the_other(copy: Path) -> None:
     assert (copy / "runs/mnist/report.html").stat().st_size > 50_000
 
 
-@pytest.mark.parametrize("text", [*blocks(README, "python"), *blocks(KERNELS, "python")])
+@pytest.mark.parametrize("text", [*blocks(README, "python"), *blocks(KERNELS, "python"), *blocks(CRITERIA, "python")])
 def test_the_pages_python_runs(tmp_path: Path, text: str) -> None:
     script = tmp_path / "snippet.py"
     script.write_text(text)
