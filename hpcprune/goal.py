@@ -6,20 +6,24 @@ from collections.abc import Sequence, Sized
 from dataclasses import replace
 
 import torch
+from torch import Tensor
 
 from hpcprune.criteria import CRITERIA
 from hpcprune.distribution import sparsities_of_layers
 from hpcprune.job import Job
+from hpcprune.optimizer import FOLLOWED, followed_only
+from hpcprune.packing import dense_of
 from hpcprune.prepare import Prepared
 from hpcprune.progress import Display
 from hpcprune.ranking import Goal
 from hpcprune.schedule import sparsity_of_round
 from hpcprune.seeds import derive
-from hpcprune.shards import Layer
+from hpcprune.shards import Layer, Span
+from hpcprune.stage import Carried
 from hpcprune.statistics import Calibration, Gathered
 from hpcprune.world import World
 
-__all__ = ["gather_statistic", "goal_of_round"]
+__all__ = ["followed", "gather_statistic", "goal_of_round"]
 
 
 def goal_of_round(job: Job, layers: Sequence[Layer], number: int) -> Goal:
@@ -27,6 +31,21 @@ def goal_of_round(job: Job, layers: Sequence[Layer], number: int) -> Goal:
     prune, sparsity = job.prune, sparsity_of_round(job.prune, number)
     shares = sparsity if prune.scope == "global" else sparsities_of_layers(prune, layers, sparsity)
     return Goal(CRITERIA[prune.criterion], prune.scope, shares, job.seed)
+
+
+def followed(layers: Sequence[Layer], carried: Carried) -> Gathered | None:
+    """What the criterion has followed in the training so far; None where it follows nothing."""
+    totals = followed_only(carried.optimizer)
+
+    def of_span(span: Span) -> Tensor:
+        layer = layers[span.layer]
+        values = totals[f"{layer.name}/{FOLLOWED}"]
+        if values.numel() != layer.weights:
+            assert carried.masks is not None, "only what is pruned has fewer values than weights"
+            values = dense_of(values, carried.masks.bits(layer.name), layer.weights)
+        return values[span.start : span.stop].double()
+
+    return of_span if totals else None
 
 
 def gather_statistic(job: Job, prepared: Prepared, world: World, number: int, title: str, display: Display) -> Gathered:

@@ -60,7 +60,7 @@ class Prune(Section):
     exclude: tuple[Text, ...] = ()
     """Which of the included are left alone: patterns like those of `include`."""
     calibrate: Calibrate | None = Field(default=None, validate_default=True)
-    """The samples that are looked at by criteria other than magnitude, lamp and random."""
+    """The samples that are looked at by sensitivity, snip, fisher and wanda."""
 
     @pydantic.field_validator("criterion")
     @classmethod
@@ -81,10 +81,10 @@ class Prune(Section):
     @classmethod
     def _calibrate_of_criterion(cls, value: Any, info: ValidationInfo) -> Any:
         criterion = CRITERIA.get(info.data.get("criterion", ""))
-        if criterion is None or criterion.looks_at != "weights":
+        if criterion is None or criterion.calibrates:
             return {} if value is None else value
         if value is not None:
-            raise refuse(f"{criterion.name} looks at weights alone, not at samples; remove calibrate")
+            raise refuse(f"{criterion.name} looks at {criterion.looks_at} alone, not at samples; remove calibrate")
         return None
 
     @pydantic.field_validator("schedule", mode="before")
@@ -181,6 +181,13 @@ class Job(Section):
     def _dense_weights(self) -> Job:
         if self.weights == "train" and self.train is None:
             raise refuse("train: missing, and weights is train; say how to train, or name a file in weights")
+        return self
+
+    @pydantic.model_validator(mode="after")
+    def _criterion_can_work(self) -> Job:
+        refusal = CRITERIA[self.prune.criterion].refusal(self)
+        if refusal:
+            raise refuse(f"prune.criterion: {refusal}")
         return self
 
     def model_post_init(self, context: Any, /) -> None:

@@ -16,7 +16,9 @@ from hpcprune.masks import Masks
 from hpcprune.survivors import Survivors
 from hpcprune.training import Optimizer
 
-__all__ = ["load_state", "make_optimizer", "named_state"]
+__all__ = ["FOLLOWED", "followed_only", "laid_out", "load_state", "make_optimizer", "named_state", "named_vectors"]
+
+FOLLOWED = "followed"  # under this key, what a criterion has followed lies beside the optimizer's own state
 
 
 def make_optimizer(survivors: Survivors, spec: Optimizer) -> torch.optim.Optimizer:
@@ -44,9 +46,17 @@ def named_state(optimizer: torch.optim.Optimizer, survivors: Survivors) -> dict[
             if value.shape != packed.shape:
                 named[key] = value
                 continue
-            for segment in survivors.segments[dtype]:
-                named[f"{segment.name}/{key}"] = value[segment.start : segment.stop]
+            named |= named_vectors(key, {dtype: value}, survivors)
     return named
+
+
+def named_vectors(key: str, vectors: Mapping[torch.dtype, Tensor], survivors: Survivors) -> dict[str, Tensor]:
+    """Vectors laid out as the packed ones, under "<parameter>/<key>". Memory is shared."""
+    return {
+        f"{segment.name}/{key}": vectors[dtype][segment.start : segment.stop]
+        for dtype in vectors
+        for segment in survivors.segments[dtype]
+    }
 
 
 def load_state(
@@ -56,14 +66,26 @@ def load_state(
 
     Weights that were pruned since lose theirs; the packed vectors may be laid out in another way.
     """
-    keys = {name.rpartition("/")[2] for name in named}
+    keys = {name.rpartition("/")[2] for name in named} - {FOLLOWED}
     for dtype, packed in survivors.packed.items():
         state = optimizer.state[packed]
         for key in keys:
             if key in named:
                 state[key] = named[key].clone()
                 continue
-            state[key] = torch.zeros_like(packed, requires_grad=False)
-            for segment in survivors.segments[dtype]:
-                values = named[f"{segment.name}/{key}"]
-                survivors.repack(segment, values, masks, out=state[key][segment.start : segment.stop])
+            state[key] = laid_out(key, dtype, survivors, named, masks)
+
+
+def followed_only(named: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """What a criterion has followed, without the optimizer's own state."""
+    return {name: value for name, value in named.items() if name.endswith(f"/{FOLLOWED}")}
+
+
+def laid_out(
+    key: str, dtype: torch.dtype, survivors: Survivors, named: Mapping[str, Tensor], masks: Masks | None
+) -> Tensor:
+    """The vector of a dtype that `named_vectors` took apart under `masks`, as the survivors of now are packed."""
+    vector = torch.zeros_like(survivors.packed[dtype], requires_grad=False)
+    for segment in survivors.segments[dtype]:
+        survivors.repack(segment, named[f"{segment.name}/{key}"], masks, out=vector[segment.start : segment.stop])
+    return vector

@@ -73,9 +73,7 @@ def _prepare(job: Job, world: World, threads: int, device: torch.device, gpus: l
     model = build_model(task)
     layers = find_layers(model, job.prune.include, job.prune.exclude)
     sparsities_of_layers(job.prune, layers, job.prune.sparsity)
-    criterion = CRITERIA[job.prune.criterion]
-    if criterion.looks_at != "weights":
-        criterion.statistic().check(model, layers)
+    CRITERIA[job.prune.criterion].check(model, layers)
     if not any(parameter.requires_grad for parameter in model.parameters()):
         raise TaskError(
             f"task: {type(task).__name__}.model(): none of its parameters requires a gradient, so nothing could be "

@@ -13,8 +13,8 @@ from hpcprune.errors import JobError
 from hpcprune.layers import find_layers
 from hpcprune.masks import Masks
 from hpcprune.ranking import Goal, prune_layers
-from hpcprune.shards import deal
-from hpcprune.statistics import Calibration
+from hpcprune.shards import Layer, Span, deal
+from hpcprune.statistics import Calibration, Gathered, Gradients
 from hpcprune.world import World
 
 if TYPE_CHECKING:
@@ -47,8 +47,8 @@ def prune(
         sparsity: the part of the prunable weights to prune, at least 0 and less than 1.
         scope: whether weights are ranked over all layers ("global"), within each ("layer") or within each output of
             each ("row"). None is what the criterion is meant for: "row" for wanda, "global" for others.
-        criterion: how weights are scored: magnitude, lamp or random; with `data`, wanda; with `loss` too, sensitivity,
-            snip or fisher (hpcprune/criteria/ says what each is).
+        criterion: how weights are scored: magnitude (which l1 is without a training), lamp or random; with `data`,
+            wanda; with `loss` too, sensitivity, snip, fisher, or movement as of one step that sees all samples.
         data: the samples to look at, all of them: a map-style dataset or a list, of the same samples on every rank.
         loss: of the model and a batch, the mean loss over the batch. Without it the model is called with a batch's
             first part, or with a dictionary's entries by name.
@@ -77,8 +77,8 @@ def prune(
     layers = find_layers(model, include, exclude)
     shards = deal(layers, world.size, whole_rows=goal.scope == "row")
     gathered = None
-    if chosen.looks_at != "weights":
-        statistic = chosen.statistic()
+    if samples:
+        statistic = Gradients(lambda gradient: gradient) if chosen.looks_at == "training" else chosen.statistic()
         statistic.check(model, layers)
 
         def run(batch: Any) -> Any:
@@ -88,6 +88,8 @@ def prune(
         given: Any = data
         calibration = Calibration(model, given, range(samples), batch_size, run, run, name, world)
         gathered = statistic.gather(calibration, layers, shards)
+        if chosen.looks_at == "training":
+            gathered = _followed(chosen, gathered, layers, model)
     masks = prune_layers(dict(model.named_parameters()), Masks.full(layers), shards, goal, world, gathered).masks
     masks.apply(model)
     return masks
@@ -103,7 +105,7 @@ def _count_samples(criterion: Criterion, data: object, loss: object, batch_size:
             f"data: {given}; {criterion.name} looks at samples: give a map-style dataset (or a list) of some training "
             "samples, or choose a criterion that looks at weights alone"
         )
-    if criterion.looks_at == "loss" and not callable(loss):
+    if criterion.looks_at != "inputs" and not callable(loss):
         raise JobError(
             f"loss: {loss!r} is not a function; {criterion.name} needs the mean loss of a batch: give "
             "loss=lambda model, batch: ..."
@@ -111,6 +113,16 @@ def _count_samples(criterion: Criterion, data: object, loss: object, batch_size:
     if not isinstance(batch_size, int) or batch_size < 1:
         raise JobError(f"batch_size: {batch_size!r} is not a whole number of at least 1")
     return len(data)
+
+
+def _followed(criterion: Criterion, gradients: Gathered, layers: Sequence[Layer], model: nn.Module) -> Gathered:
+    """A criterion of training without any: as of one step that saw all samples."""
+
+    def followed(span: Span) -> Tensor:
+        weights = model.get_parameter(layers[span.layer].name).detach().reshape(-1)[span.start : span.stop]
+        return criterion.follow(weights.double(), gradients(span))
+
+    return followed
 
 
 def _call(model: nn.Module, batch: Any) -> Any:

@@ -18,13 +18,14 @@ from hpcprune.evaluate import evaluate
 from hpcprune.exchange.choose import open_exchange
 from hpcprune.exchange.wire import travelling_dtypes
 from hpcprune.folder import RunFolder
-from hpcprune.goal import gather_statistic, goal_of_round
+from hpcprune.goal import followed, gather_statistic, goal_of_round
 from hpcprune.job import Job
 from hpcprune.journal import Journal
 from hpcprune.launch import check_code, check_folder, late_checkpoint
 from hpcprune.ledger import Ledger
 from hpcprune.masks import Masks
 from hpcprune.native import cuda, library
+from hpcprune.optimizer import followed_only
 from hpcprune.outcome import build_report, measure_costs, measure_inference, rank_load, weight_histogram
 from hpcprune.prepare import prepare
 from hpcprune.progress import Display
@@ -141,7 +142,7 @@ class Run:
     def _prune(self) -> None:
         prune, ledger = self.job.prune, self.ledger
         self.journal.stage("prune", ledger, self.masks.sparsity)
-        statistic = None
+        statistic = followed(self.prepared.layers, self._carried)
         if prune.calibrate is not None:
             title = f"round {ledger.round}/{prune.rounds}: calibrate"
             with ledger.timed("calibrate"):
@@ -240,7 +241,7 @@ class Run:
     def _complete_round(self) -> None:
         self.ledger.complete = True
         if not self.ledger.round:  # the dense training's optimizer is not that of the rounds
-            self._carried = Carried({}, {}, None)
+            self._carried = Carried(followed_only(self._carried.optimizer), {}, self.masks)
         self.saver.begin(self.masks, self.ledger, self._carried)
         self.saver.finish(self.ledger)
         stop = self.world.allgather(bool(self.stop), "agreeing whether to stop")

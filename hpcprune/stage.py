@@ -15,6 +15,7 @@ from torch import Tensor
 
 from hpcprune.breakeven import packing_pays, sparse_layers
 from hpcprune.buckets import Sender
+from hpcprune.criteria import CRITERIA
 from hpcprune.exchange import Exchange
 from hpcprune.exchange.topk import TopK
 from hpcprune.exchange.wire import Wire, wire_dtype
@@ -67,7 +68,10 @@ def begin_stage(
         name = (job.seed, stage, ledger.round)
         task, model, data = prepared.task, prepared.model, prepared.data.train
         bucket_mb = job.retrain.bucket_mb
-        return Trainer(task, model, survivors, data, left, plan, world, exchange, name, sender, bucket_mb)
+        layers, criterion = {layer.name for layer in prepared.layers}, CRITERIA[job.prune.criterion]
+        return Trainer(
+            task, model, survivors, data, left, plan, world, exchange, name, sender, bucket_mb, layers, criterion
+        )
 
     if pruned is not None and plan.steps:
         chosen = _choose_packing(job)

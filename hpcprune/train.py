@@ -7,7 +7,7 @@ random number in it follow from the seed. So a run that was cut goes on with the
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,11 +16,12 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset, default_collate
 
 from hpcprune.buckets import Buckets, Sender
+from hpcprune.criteria import Criterion
 from hpcprune.errors import GOING_ON, JobError, NumericsError
 from hpcprune.exchange import Exchange
 from hpcprune.exchange.wire import Wire
 from hpcprune.masks import Masks
-from hpcprune.optimizer import load_state, make_optimizer, named_state
+from hpcprune.optimizer import FOLLOWED, laid_out, load_state, make_optimizer, named_state, named_vectors
 from hpcprune.schedule import learning_rate_factor
 from hpcprune.seeds import derive, seed_all
 from hpcprune.sparse.training import SparseTraining
@@ -91,10 +92,13 @@ class Trainer:
         name: tuple[int | str, ...],
         sender: Sender | None = None,
         bucket_mb: float = BUCKET_MB,
+        layers: Collection[str] = (),
+        criterion: Criterion | None = None,
     ) -> None:
         """Begin to train `survivors`, which pack `model`'s weights; `close` when it is over.
 
         name: of the training's random numbers. sender: how buckets travel over `exchange`; as they are if None.
+        layers: the prunable parameters, on which `l1` pulls. criterion: what follows the steps, if it looks at them.
         """
         self.plan = plan
         self.survivors = survivors
@@ -106,6 +110,11 @@ class Trainer:
         self._world, self._exchange, self._name = world, exchange, name
         self._device = next(model.parameters()).device
         self._order: tuple[int, Tensor] = (-1, torch.empty(0))
+        self._pulled = [segment for segment in survivors if segment.name in layers] if training.l1 else []
+        self._criterion = criterion
+        self._followed: dict[torch.dtype, Tensor] = {}
+        if criterion is not None and criterion.looks_at == "training":
+            self._followed = {dtype: torch.zeros_like(packed.data) for dtype, packed in survivors.packed.items()}
 
     def close(self) -> None:
         """Leave the model as a model again."""
@@ -134,7 +143,9 @@ class Trainer:
             group["lr"] = self._training.optimizer.lr * factor
         if self._training.clip_norm is not None:
             torch.nn.utils.clip_grad_norm_(self.survivors.parameters(), self._training.clip_norm)
+        self._follow()
         self._optimizer.step()
+        self._pull(self._training.optimizer.lr * factor * self._training.l1)
         self.survivors.unpack()
         return Step(
             total,
@@ -163,7 +174,8 @@ class Trainer:
         The model's own weights are those of the last step from here on until the next, sparse layers' too.
         """
         self.survivors.unpack(everything=True)
-        return named_state(self._optimizer, self.survivors)
+        followed = named_vectors(FOLLOWED, self._followed, self.survivors)
+        return named_state(self._optimizer, self.survivors) | followed
 
     def own_state(self) -> dict[str, Tensor]:
         """What this rank's exchange holds back for later steps, by name."""
@@ -172,6 +184,24 @@ class Trainer:
     def load_optimizer_state(self, tensors: Mapping[str, Tensor], masks: Masks | None) -> None:
         """Take what `optimizer_state` gave under `masks`, of this round or an earlier one."""
         load_state(self._optimizer, self.survivors, tensors, masks)
+        for dtype, followed in self._followed.items():
+            followed.copy_(laid_out(FOLLOWED, dtype, self.survivors, tensors, masks))
+
+    @torch.no_grad()
+    def _follow(self) -> None:
+        """Let the criterion see a step's gradients, before the weights change."""
+        for followed, weights, gradient in zip(
+            self._followed.values(), self.survivors.parameters(), self.survivors.gradients(), strict=False
+        ):
+            assert self._criterion is not None
+            followed += self._criterion.follow(weights, gradient)
+
+    @torch.no_grad()
+    def _pull(self, by: float) -> None:
+        """The proximal step of the L1 term: all go towards zero by as much, and those that are nearer are zero."""
+        for segment in self._pulled:
+            weights = self.survivors.weights(segment)
+            weights.copy_(nn.functional.softshrink(weights, by))
 
     def _backward(self, number: int, what: str) -> Tensor:
         """Compute the gradients of this rank's share of the batch, part by part; its part of the mean loss."""

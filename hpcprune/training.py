@@ -99,6 +99,9 @@ class Training(Section):
     between them."""
     clip_norm: Positive | None = None
     """What the norm of the whole gradient is cut down to; null for no clipping."""
+    l1: NotNegative = 0.0
+    """The pull of each prunable weight to zero, the same for small and large ones (L1); those that arrive there stay
+    there until a gradient takes them away."""
     autocast: bool = False
     """Whether to compute in bfloat16 where torch's autocast does; weights and gradients keep their dtype."""
 

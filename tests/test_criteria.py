@@ -114,12 +114,19 @@ def wanda(model: nn.Module, data: TensorDataset) -> Scores:
     return found
 
 
+def movement(model: nn.Module, data: TensorDataset) -> Scores:
+    whole = gradients(model.eval(), data[:])
+    return {name: -w * whole[name] for name, w in weights(model).items()}
+
+
 REFERENCES: dict[str, Callable[[nn.Module, TensorDataset], Scores]] = {
     "magnitude": magnitude,
+    "l1": magnitude,
     "lamp": lamp,
     "sensitivity": sensitivity,
     "snip": snip,
     "fisher": fisher,
+    "movement": movement,
     "wanda": wanda,
 }
 

@@ -6,14 +6,16 @@ Job files name criteria, so nothing here imports torch.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 if TYPE_CHECKING:
     import numpy as np
     import numpy.typing as npt
-    from torch import Tensor
+    from torch import Tensor, nn
 
+    from hpcprune.job import Job
     from hpcprune.shards import Layer, Span
     from hpcprune.statistics import Statistic
 
@@ -59,13 +61,32 @@ class Criterion(ABC):
     """What is ranked together where the user does not say."""
     absolute: ClassVar[bool] = False
     """Whether the magnitudes of what `scores` gives count; they are taken on the fly and never stored."""
-    looks_at: ClassVar[Literal["weights", "inputs", "loss"]] = "weights"
-    """What it must be given: nothing but the weights, samples to run the model on, or their loss too."""
+    looks_at: ClassVar[Literal["weights", "inputs", "loss", "training"]] = "weights"
+    """What it must be given: nothing but the weights, samples to run the model on, their loss too, or what `follow`
+    gave in the steps of the training before."""
 
     @abstractmethod
     def scores(self, piece: Piece) -> Tensor:
         """A score for each weight of a piece: flat, of any float dtype. Those of pruned weights are not looked at."""
 
     def statistic(self) -> Statistic:
-        """What is to be gathered where `looks_at` is not "weights"."""
-        raise NotImplementedError(f"{self.name} looks at weights alone")
+        """What is to be gathered where it looks at inputs or at the loss."""
+        raise NotImplementedError(f"{self.name} looks at {self.looks_at}")
+
+    def follow(self, weights: Tensor, gradients: Tensor) -> Tensor:
+        """What a step of training adds to each weight's statistic, where it looks at training."""
+        raise NotImplementedError(f"{self.name} looks at {self.looks_at}")
+
+    def refusal(self, job: Job) -> str:
+        """What of a job it cannot work with, and what to do; nothing if it can."""
+        return ""
+
+    def check(self, model: nn.Module, layers: Sequence[Layer]) -> None:
+        """Raise JobError, with what to do, where it cannot score a layer of a model that is trained and pruned."""
+        if self.calibrates:
+            self.statistic().check(model, layers)
+
+    @property
+    def calibrates(self) -> bool:
+        """Whether it looks at samples."""
+        return self.looks_at in ("inputs", "loss")

@@ -39,7 +39,7 @@ def main(folder: Path) -> None:
     rank, size = MPI.COMM_WORLD.Get_rank(), MPI.COMM_WORLD.Get_size()
     found: dict[Any, Any] = {}
     for criterion, scope in itertools.product(CRITERIA, SCOPES):
-        options = {"data": samples(), "loss": loss} if criterion in NEEDY else {}
+        options = {"data": samples(), "loss": loss} if criterion in (*NEEDY, "movement") else {}
         masks = hpcprune.prune(network(), 0.7, criterion=criterion, scope=scope, batch_size=4, **options)
         found[criterion, scope] = {name: mask.numpy() for name, mask in masks.items()}
     model = network()
