@@ -240,7 +240,8 @@ VALUES = [
     (
         "prune.criterion",
         "magnitud",
-        '"magnitud" is not one of magnitude, l1, lamp, random, sensitivity, snip, fisher, movement, wanda; did you mean magnitude?',
+        '"magnitud" is not one of magnitude, l1, lamp, random, sensitivity, snip, fisher, movement, wanda; '
+        "did you mean magnitude?",
     ),
     ("prune.criterion", "5", "5 is not one of magnitude, l1, lamp, random, sensitivity, snip, fisher, movement, wanda"),
     ("prune.scope", "globl", '"globl" is not one of global, layer, row; did you mean global?'),

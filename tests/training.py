@@ -12,8 +12,10 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 import hpcprune
+from hpcprune.criteria import Criterion
 from hpcprune.exchange import Exchange, Gathering, Pending
 from hpcprune.exchange.dtypes import WIRE_DTYPES
+from hpcprune.layers import find_layers
 from hpcprune.masks import Masks
 from hpcprune.survivors import Survivors
 from hpcprune.train import Trainer, plan_steps
@@ -131,6 +133,7 @@ def begin(
     world: World | None = None,
     exchange: Exchange | None = None,
     survivors: Survivors | None = None,
+    criterion: Criterion | None = None,
 ) -> Begun:
     """Begin to train the task's model, or another, as a run does. `more`: keys of the training."""
     torch.set_num_threads(1)  # of which these sizes need no more, whatever else the machine does
@@ -141,5 +144,17 @@ def begin(
     plan = plan_steps(training, len(data), world.size, "retrain")
     name = (seed, "retrain", 1)
     survivors = survivors or Survivors(model, masks)
-    trainer = Trainer(task, model, survivors, data, training, plan, world, exchange or OneRank(), name)
+    trainer = Trainer(
+        task,
+        model,
+        survivors,
+        data,
+        training,
+        plan,
+        world,
+        exchange or OneRank(),
+        name,
+        layers={layer.name for layer in find_layers(model)},
+        criterion=criterion,
+    )
     return Begun(trainer, model, data)
