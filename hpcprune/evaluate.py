@@ -44,9 +44,12 @@ def evaluate(task: Task, model: nn.Module, dataset: Dataset[Any], batch_size: in
         loss += float(task.loss(output, batch)) * (stop - start)
         task.update(metrics, output, batch)
     total = world.allreduce(np.array([loss]), "evaluate: loss")
-    return {"loss": float(total[0]) / len(dataset)} | {
-        name: float(metric.compute()) for name, metric in metrics.items()
-    }
+    figures = {"loss": float(total[0]) / len(dataset)}
+    for name, metric in metrics.items():
+        value = metric.compute()
+        several = value if isinstance(value, Mapping) else {name: value}
+        figures |= {each: float(figure) for each, figure in several.items()}
+    return figures
 
 
 def _gather_over(world: World, metric: Metric) -> None:

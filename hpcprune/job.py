@@ -59,6 +59,8 @@ class Prune(Section):
     parameter or of its module."""
     exclude: tuple[Text, ...] = ()
     """Which of the included are left alone: patterns like those of `include`."""
+    embeddings: bool = False
+    """Whether the weights of embeddings are prunable too, those that are tied to another layer among them."""
     calibrate: Calibrate | None = Field(default=None, validate_default=True)
     """The samples that are looked at by sensitivity, snip, fisher and wanda."""
 

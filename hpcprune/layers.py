@@ -27,17 +27,27 @@ _CONVOLUTIONS = (
     nn.ConvTranspose2d,
     nn.ConvTranspose3d,
 )
+_OF_ONE_WEIGHT = (nn.Linear, nn.Bilinear, *_CONVOLUTIONS)
 _ATTENTION_WEIGHTS = ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight")
 
 
-def find_layers(model: nn.Module, include: Sequence[str] = ("*",), exclude: Sequence[str] = ()) -> list[Layer]:
+def find_layers(
+    model: nn.Module, include: Sequence[str] = ("*",), exclude: Sequence[str] = (), *, embeddings: bool = False
+) -> list[Layer]:
     """The prunable layers of a model, in the order of `named_parameters`, each parameter once.
 
+    Args:
+        embeddings: whether those of embeddings are too.
+
     Raises:
-        JobError: a pattern matches nothing, or no layer is left.
+        JobError: a pattern matches nothing, no layer is left, or a layer's weight is computed from other parameters.
     """
-    prunable = {id(parameter) for _, parameter in _weights(model)} - {id(p) for p in _spared(model)}
+    of_embeddings = {id(parameter) for parameter in _embedded(model)}
+    weights = {id(parameter) for _, parameter in _weights(model)}
+    prunable = weights | of_embeddings if embeddings else weights - of_embeddings
+    computed = [*_computed(model)]
     names = [name for name, parameter in model.named_parameters() if id(parameter) in prunable and parameter.numel()]
+    names += computed
     for key, patterns in (("include", include), ("exclude", exclude)):
         for pattern in patterns:
             if pattern != "*" and not matching(pattern, names):
@@ -48,6 +58,15 @@ def find_layers(model: nn.Module, include: Sequence[str] = ("*",), exclude: Sequ
                 )
     wanted, unwanted = ({name for pattern in p for name in matching(pattern, names)} for p in (include, exclude))
     chosen = [name for name in names if name in wanted - unwanted]
+    for name in computed:
+        if name in chosen:
+            module, _, weight = name.rpartition(".")
+            raise JobError(
+                f"prune.include: {name} is no parameter, it is computed from others (a parametrization, weight_norm or "
+                f"torch.nn.utils.prune), which would bring pruned weights back; make it one (torch.nn.utils."
+                f"parametrize.remove_parametrizations(model.{module or 'self'}, {weight!r}), remove_weight_norm or "
+                f"prune.remove), or exclude it"
+            )
     if not chosen:
         reason = f"prune.include and prune.exclude leave none of {len(names)}" if names else _no_layers(model)
         raise JobError(f"no prunable layer: {reason}")
@@ -68,14 +87,23 @@ def _weights(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
     for module in model.modules():
         for name, parameter in module.named_parameters(recurse=False):
             if (
-                (isinstance(module, (nn.Linear, nn.Bilinear, *_CONVOLUTIONS)) and name == "weight")
+                (isinstance(module, _OF_ONE_WEIGHT) and name == "weight")
                 or (isinstance(module, (nn.RNNBase, nn.RNNCellBase)) and name.startswith("weight_"))
                 or (isinstance(module, nn.MultiheadAttention) and name in _ATTENTION_WEIGHTS)
             ):
                 yield name, parameter
 
 
-def _spared(model: nn.Module) -> Iterator[nn.Parameter]:
+def _computed(model: nn.Module) -> Iterator[str]:
+    """The weights that would be prunable if they were parameters."""
+    for path, module in model.named_modules():
+        expected: Sequence[str] = ("weight",) if isinstance(module, _OF_ONE_WEIGHT) else ()
+        if isinstance(module, nn.RNNBase):
+            expected = [name for name in module._flat_weights_names if name.startswith("weight_")]
+        yield from (f"{path}.{name}".lstrip(".") for name in expected if name not in module._parameters)
+
+
+def _embedded(model: nn.Module) -> Iterator[nn.Parameter]:
     for module in model.modules():
         if isinstance(module, (nn.Embedding, nn.EmbeddingBag)):
             yield from module.parameters(recurse=False)

@@ -71,7 +71,7 @@ def _prepare(job: Job, world: World, threads: int, device: torch.device, gpus: l
     task = load_task(job.task, job.folder)
     seed_all(job.seed, "model")
     model = build_model(task)
-    layers = find_layers(model, job.prune.include, job.prune.exclude)
+    layers = find_layers(model, job.prune.include, job.prune.exclude, embeddings=job.prune.embeddings)
     sparsities_of_layers(job.prune, layers, job.prune.sparsity)
     CRITERIA[job.prune.criterion].check(model, layers)
     if not any(parameter.requires_grad for parameter in model.parameters()):

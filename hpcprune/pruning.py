@@ -34,6 +34,7 @@ def prune(
     batch_size: int = 32,
     include: Sequence[str] = ("*",),
     exclude: Sequence[str] = (),
+    embeddings: bool = False,
     seed: int = 0,
     comm: World | MPI.Intracomm | None = None,
 ) -> Masks:
@@ -54,6 +55,7 @@ def prune(
             first part, or with a dictionary's entries by name.
         batch_size: samples in a batch.
         include, exclude: shell patterns on the names of parameters or of the modules that hold them.
+        embeddings: whether the weights of embeddings are prunable too.
         seed: what random scores follow from.
         comm: the ranks; all that were launched (MPI.COMM_WORLD) by default.
 
@@ -74,7 +76,7 @@ def prune(
     samples = _count_samples(chosen, data, loss, batch_size)
     goal = Goal(chosen, scope or chosen.scope, sparsity, seed)
     world = World.of(comm)
-    layers = find_layers(model, include, exclude)
+    layers = find_layers(model, include, exclude, embeddings=embeddings)
     shards = deal(layers, world.size, whole_rows=goal.scope == "row")
     gathered = None
     if samples:

@@ -235,7 +235,8 @@ class Run:
         metrics = evaluate(task, self.model, data.test, self.job.evaluate.batch_size, self.world)
         seconds = time.perf_counter() - start
         self.journal.evaluation(self.ledger, when, self.masks.sparsity, metrics, seconds)
-        figures = "  ".join(f"{name} {value:.4f}" for name, value in metrics.items())
+        shown = {"loss", *task.metrics()}  # and not those of each class
+        figures = "  ".join(f"{name} {value:.4f}" for name, value in metrics.items() if name in shown)
         self.display.say(f"round {self.ledger.round}/{self.job.prune.rounds}: {when}: {figures}")
 
     def _complete_round(self) -> None:

@@ -22,7 +22,7 @@ import sys
 import sysconfig
 import traceback
 from abc import ABC, abstractmethod
-from collections.abc import Sized
+from collections.abc import Sequence, Sized
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -87,10 +87,12 @@ class Task(ABC):
 class Classifier(Task):
     """A task whose samples are (input, class number) and whose model gives a score for each of `classes`.
 
-    Cross-entropy; accuracy, and F1, precision and recall as unweighted means over the classes (macro).
+    Cross-entropy; accuracy, and F1, precision and recall as unweighted means over the classes (macro). With `names` of
+    the classes the report has the F1 of each too.
     """
 
     classes: int
+    names: Sequence[str] = ()
     primary = "accuracy"
     higher_is_better = True
 
@@ -98,6 +100,7 @@ class Classifier(Task):
         return F.cross_entropy(output, batch[1])
 
     def metrics(self) -> dict[str, Metric]:
+        from torchmetrics import ClasswiseWrapper
         from torchmetrics.classification import (
             MulticlassAccuracy,
             MulticlassF1Score,
@@ -105,12 +108,16 @@ class Classifier(Task):
             MulticlassRecall,
         )
 
-        return {
+        found: dict[str, Metric] = {
             "accuracy": MulticlassAccuracy(self.classes, average="micro"),
             "f1": MulticlassF1Score(self.classes, average="macro"),
             "precision": MulticlassPrecision(self.classes, average="macro"),
             "recall": MulticlassRecall(self.classes, average="macro"),
         }
+        if self.names:
+            of_each = MulticlassF1Score(self.classes, average=None)
+            found["f1 of each"] = ClasswiseWrapper(of_each, [*self.names], prefix="f1 of ")
+        return found
 
 
 def load_task(task: str, folder: Path) -> Task:

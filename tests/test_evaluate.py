@@ -29,6 +29,21 @@ def test_metrics_are_those_of_torchmetrics_whatever_the_batches(batch_size: int)
     assert not any(parameter.grad_fn or parameter.grad is not None for parameter in model.parameters())
 
 
+def test_a_classifier_with_names_has_the_f1_of_each_class() -> None:
+    class Named(Fives):
+        names = tuple("abcde")
+
+    task, data = Named(), Samples(50)
+    model = task.model()
+    found = evaluate(task, model, data, 7, World.alone())
+    guessed = model(data.inputs).argmax(1)
+    for number, name in enumerate("abcde"):
+        right = int(((guessed == number) & (data.labels == number)).sum())
+        both = int((guessed == number).sum()) + int((data.labels == number).sum())
+        assert found[f"f1 of {name}"] == pytest.approx(2 * right / both if both else 0.0)
+    assert found["f1"] == pytest.approx(sum(found[f"f1 of {name}"] for name in "abcde") / 5)
+
+
 def test_nothing_but_the_loss_is_needed() -> None:
     class Bare(hpcprune.Task):
         def model(self) -> nn.Module:

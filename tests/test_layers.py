@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
+import torch.nn.utils.parametrize
+import torch.nn.utils.prune
 from torch import nn
 
 from hpcprune.errors import JobError
@@ -41,6 +45,37 @@ def test_weights_of_linear_conv_and_recurrent_layers_are_prunable_and_nothing_el
     ]
     assert names(model) == expected
     assert "rnn.weight_hh_l1_reverse" in expected and "attention.in_proj_weight" in expected
+
+
+def test_embeddings_are_prunable_where_they_are_asked_for_and_tied_weights_once() -> None:
+    model = Language()
+    found = [layer.name for layer in find_layers(model, embeddings=True)]
+    assert set(found) - set(names(model)) == {"embedding.weight"}
+    assert len(found) == len(set(found))
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+@pytest.mark.parametrize(
+    "wrap",
+    [
+        lambda: nn.utils.parametrizations.orthogonal(nn.Linear(4, 4)),
+        lambda: nn.utils.weight_norm(nn.Conv1d(2, 3, 2)),
+        lambda: torch.nn.utils.prune.l1_unstructured(nn.Linear(4, 4), "weight", 0.5),
+    ],
+    ids=["parametrization", "weight_norm", "torch's pruning"],
+)
+def test_a_weight_that_is_computed_is_refused_by_name_and_can_be_excluded(wrap: Callable[[], nn.Module]) -> None:
+    model = nn.ModuleDict({"plain": nn.Linear(4, 4), "odd": wrap()})
+    with pytest.raises(JobError, match=r"odd\.weight is no parameter, it is computed from others .*or exclude it"):
+        find_layers(model)
+    assert names(model, exclude=["odd"]) == ["plain.weight"]
+
+
+def test_a_computed_weight_of_a_recurrent_layer_is_refused() -> None:
+    rnn = nn.GRU(3, 4)
+    nn.utils.parametrize.register_parametrization(rnn, "weight_hh_l0", nn.Identity())
+    with pytest.raises(JobError, match=r"rnn\.weight_hh_l0 is no parameter"):
+        find_layers(nn.ModuleDict({"rnn": rnn}))
 
 
 def test_a_layer_has_its_parameters_shape_and_dtype() -> None:

@@ -29,7 +29,7 @@ def plain(text: object, keep: str = "") -> str:
 
 def is_share(name: str) -> bool:
     """Whether a metric is a part of one, shown in per cent; a higher one is better."""
-    return name.lower() in ("accuracy", "f1", "precision", "recall")
+    return name.lower() in ("accuracy", "f1", "precision", "recall") or name.startswith("f1 of ")
 
 
 def as_metric(value: float | None, name: str) -> str:

@@ -1,0 +1,38 @@
+"""The jobs under jobs/, each in a short form on two ranks: they load their data, learn something, and are pruned."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import ROOT, Launch
+
+# A job's steps of training and retraining; the metric that its field uses, and what it must reach, above or below.
+JOBS: dict[str, tuple[int, int, str, float]] = {
+    "fashion": (60, 20, "accuracy", 0.65),
+    "glosses": (60, 20, "accuracy", 0.3),
+    "movielens": (200, 50, "rmse", 1.05),
+    "news": (40, 10, "accuracy", 0.4),
+}
+
+
+def test_every_job_is_here() -> None:
+    others = {path.parent.name for path in ROOT.glob("jobs/*/job.yaml")} - {"mnist"}  # which the README's test runs
+    assert others == set(JOBS)
+
+
+@pytest.mark.parametrize("job", JOBS)
+def test_a_job_in_its_short_form(mpirun: Launch, tmp_path: Path, job: str) -> None:
+    train, retrain, metric, bound = JOBS[job]
+    overrides = ["train.epochs=null", f"train.steps={train}", "retrain.epochs=null", f"retrain.steps={retrain}"]
+    overrides += ["prune.sparsity=0.5", "prune.rounds=1", "prune.schedule=one-shot"]
+    command = ("hpcprune", "run", ROOT / "jobs" / job / "job.yaml", *overrides, "--out", tmp_path)
+    done = mpirun(2, *command, timeout=280)
+    assert done.returncode == 0, done.stderr
+    report = json.loads((tmp_path / "report.json").read_text())
+    last = report["evaluations"][-1]
+    assert report["primary"] == metric and last["sparsity"] == pytest.approx(0.5, abs=0.01)
+    reached = last["metrics"][metric]
+    assert reached > bound if report["higher_is_better"] else reached < bound
