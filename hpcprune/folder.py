@@ -5,6 +5,7 @@ runs/mnist/
   metrics.jsonl       a line for each step and each evaluation
   status.json         where the run stands, every few seconds (see beat.py)
   checkpoints/        the newest complete steps
+  early.h5            the network at the step of the dense training that pruning goes back to, if it does
   dense.h5 model.h5   the network before and after
   report.html         report.json is written last: a folder that has it holds a complete run
   report.json
@@ -40,6 +41,7 @@ class RunFolder:
         self.metrics = self.path / "metrics.jsonl"
         self.status = self.path / "status.json"
         self.checkpoints = self.path / "checkpoints"
+        self.early = self.path / "early.h5"
         self.dense = self.path / "dense.h5"
         self.model = self.path / "model.h5"
         self.html = self.path / "report.html"

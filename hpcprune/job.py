@@ -59,6 +59,9 @@ class Prune(Section):
     parameter or of its module."""
     exclude: tuple[Text, ...] = ()
     """Which of the included are left alone: patterns like those of `include`."""
+    rewind: Annotated[int, Field(ge=0), PARSED] | None = None
+    """The step of the dense training to whose weights the survivors go back after each pruning; null for none, 0 for
+    those before the first step."""
     embeddings: bool = False
     """Whether the weights of embeddings are prunable too, those that are tied to another layer among them."""
     calibrate: Calibrate | None = Field(default=None, validate_default=True)
@@ -183,6 +186,18 @@ class Job(Section):
     def _dense_weights(self) -> Job:
         if self.weights == "train" and self.train is None:
             raise refuse("train: missing, and weights is train; say how to train, or name a file in weights")
+        return self
+
+    @pydantic.model_validator(mode="after")
+    def _rewinds_what_is_trained(self) -> Job:
+        if self.weights != "train":
+            if self.prune.rewind is not None:
+                raise refuse(f"prune.rewind: weights is {self.weights}, so no step is trained to go back to; remove it")
+            if self.retrain.lr_schedule.name == "rewind":
+                raise refuse(
+                    f"retrain.lr_schedule.name: weights is {self.weights}, so there is no dense training to rewind to; "
+                    "write constant, linear, cosine or step"
+                )
         return self
 
     @pydantic.model_validator(mode="after")

@@ -7,14 +7,14 @@ from __future__ import annotations
 
 import socket
 from collections.abc import Sized
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
 
 from hpcprune.criteria import CRITERIA
 from hpcprune.distribution import sparsities_of_layers
-from hpcprune.errors import NumericsError, TaskError
+from hpcprune.errors import JobError, NumericsError, TaskError
 from hpcprune.job import Job
 from hpcprune.launch import check_gpus
 from hpcprune.layers import find_layers
@@ -92,10 +92,28 @@ def _prepare(job: Job, world: World, threads: int, device: torch.device, gpus: l
     if job.weights_file is None:
         assert job.train is not None
         dense = plan_steps(job.train, samples, world.size, "train")
-    retrain = plan_steps(job.retrain, samples, world.size, "retrain")
+    retrain = _rewound(job, plan_steps(job.retrain, samples, world.size, "retrain"), dense)
     model.to(device)
     shards = deal(layers, world.size, whole_rows=job.prune.scope == "row")
     return Prepared(task, model, data, layers, shards, dense, retrain, threads)
+
+
+def _rewound(job: Job, retrain: Plan, dense: Plan | None) -> Plan:
+    """The plan of the retraining with the learning rate of the dense training, if it is to have that."""
+    if dense is not None and job.prune.rewind is not None and job.prune.rewind > dense.steps:
+        raise JobError(
+            f"prune.rewind: {job.prune.rewind} is behind the {dense.steps} steps of the dense training; give one of "
+            "them"
+        )
+    if dense is None or job.retrain.lr_schedule.name != "rewind":
+        return retrain
+    start = job.retrain.lr_schedule.start
+    if start + retrain.steps > dense.steps:
+        raise JobError(
+            f"retrain.lr_schedule.start: from step {start} on the dense training has {max(0, dense.steps - start)} "
+            f"steps, and a round retrains for {retrain.steps}; begin earlier, or retrain for less"
+        )
+    return replace(retrain, lr_start=start, lr_steps=dense.steps)
 
 
 def _choose_device(world: World) -> torch.device:

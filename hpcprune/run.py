@@ -38,6 +38,7 @@ from hpcprune.slurm import seconds_left
 from hpcprune.stage import Carried, begin_stage
 from hpcprune.stop import StopFlag
 from hpcprune.train import Trainer, average_batch_norm
+from hpcprune.weights import fit_weights, load_weights
 from hpcprune.world import World
 
 __all__ = ["Run", "StoppedError"]
@@ -150,6 +151,8 @@ class Run:
         goal = goal_of_round(self.job, self.prepared.layers, ledger.round)
         parameters = dict(self.model.named_parameters())
         found = prune_layers(parameters, self.masks, self.prepared.shards, goal, self.world, statistic)
+        if prune.rewind is not None:
+            self._rewind()
         found.masks.apply(self.model)
         self.masks = found.masks
         ledger.run_step += 1
@@ -164,6 +167,20 @@ class Run:
         )
         weights = sum(span.weights for span in self.prepared.shards[self.world.rank])
         self.display.say(f"scored {weights:,} weights in {sum(found.seconds.values()):.3f} s", every_rank=True)
+
+    def _rewind(self) -> None:
+        """Set the model to what it was early in the dense training; the momentum of other weights is no use to it.
+
+        Frankle et al., "Linear Mode Connectivity and the Lottery Ticket Hypothesis", 2020, arXiv:1912.05671.
+        """
+        early = self.folder.early
+        self.world.together(lambda: fit_weights(self.model, load_weights(early), early), f"going back to {early.name}")
+        self._carried = Carried(followed_only(self._carried.optimizer), {}, self._carried.masks)
+
+    def _keep_early(self, stage: str) -> None:
+        """Write the network of now down where pruning will go back to it."""
+        if stage == "train" and self.ledger.step == self.job.prune.rewind:
+            self.saver.write_result(self.folder.early, self.masks, self.ledger)
 
     def _train(self, stage: str) -> None:
         """Do the steps of this round that are left."""
@@ -182,6 +199,7 @@ class Run:
             self.saver.finish(ledger)
         title = f"round {ledger.round}/{self.job.prune.rounds}: {stage}" if ledger.round else stage
         with self.display.stage(title, plan.steps, ledger.step) as progress:
+            self._keep_early(stage)
             while ledger.step < plan.steps:
                 sent = self.exchange.bytes_sent
                 step = trainer.step(ledger.step, bool(self.stop), self.saver.done, self.saver.late)
@@ -191,6 +209,7 @@ class Run:
                     self._end(trainer)
                     trainer = self._begin(stage)
                 progress.advance(f"loss {step.loss:.4f}")
+                self._keep_early(stage)
                 if ledger.step == begun + PACED and self.world.rank == 0:
                     self._warn(
                         late_checkpoint(job.checkpoint, self.journal.pace, seconds_left(), plan.steps - ledger.step)
@@ -219,6 +238,7 @@ class Run:
             self.world,
             self.exchange,
             self.display,
+            self._dense_file,
         )
 
     def _end(self, trainer: Trainer) -> None:

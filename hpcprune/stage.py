@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 from torch import Tensor
 
@@ -25,6 +26,7 @@ from hpcprune.masks import Masks
 from hpcprune.prepare import Prepared
 from hpcprune.progress import Display
 from hpcprune.survivors import Survivors
+from hpcprune.teacher import Teacher
 from hpcprune.train import Trainer
 from hpcprune.training import Optimizer, Training
 from hpcprune.world import World
@@ -55,11 +57,22 @@ def begin_stage(
     world: World,
     exchange: Exchange,
     display: Display,
+    dense: Path,
 ) -> Trainer:
-    """The trainer of this round's `stage`, "train" or "retrain", where the ledger stands. Collective."""
+    """The trainer of this round's `stage`, "train" or "retrain", where the ledger stands. Collective.
+
+    dense: the file of the dense network, which may teach.
+    """
     training, plan = (job.train, prepared.train) if stage == "train" else (job.retrain, prepared.retrain)
     assert training is not None and plan is not None
+    if stage == "retrain" and job.retrain.lr_schedule.name == "rewind":
+        assert job.train is not None
+        optimizer = training.optimizer.model_copy(update={"lr": job.train.optimizer.lr})
+        training = training.model_copy(update={"optimizer": optimizer, "lr_schedule": job.train.lr_schedule})
     pruned = masks if ledger.round else None
+    distill, teacher = job.retrain.distill if stage == "retrain" else None, None
+    if distill is not None and plan.steps:
+        teacher = world.together(lambda: Teacher(prepared.model, dense, distill), "reading the dense network")
 
     def begin(packing: bool) -> Trainer:
         sparse = ledger.sparse if packing and ledger.sparse else ()
@@ -70,7 +83,20 @@ def begin_stage(
         bucket_mb = job.retrain.bucket_mb
         layers, criterion = {layer.name for layer in prepared.layers}, CRITERIA[job.prune.criterion]
         return Trainer(
-            task, model, survivors, data, left, plan, world, exchange, name, sender, bucket_mb, layers, criterion
+            task,
+            model,
+            survivors,
+            data,
+            left,
+            plan,
+            world,
+            exchange,
+            name,
+            sender,
+            bucket_mb,
+            layers,
+            criterion,
+            teacher,
         )
 
     if pruned is not None and plan.steps:
@@ -131,5 +157,5 @@ def _sender(
     if carried.own:
         sender.load_own_state(carried.own, carried.masks)
     # The velocity is the momentum, and each rank has clipped for itself.
-    optimizer = Optimizer(**{**retrain.optimizer.model_dump(), "momentum": 0.0})
+    optimizer = Optimizer(**{**training.optimizer.model_dump(), "momentum": 0.0})
     return sender, training.model_copy(update={"optimizer": optimizer, "clip_norm": None})

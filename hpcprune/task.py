@@ -70,6 +70,15 @@ class Task(ABC):
     def loss(self, output: Any, batch: Any) -> Tensor:
         """The mean loss over the batch's samples, a scalar."""
 
+    def distance(self, output: Any, target: Any, temperature: float) -> Tensor:
+        """How far the output is from the dense network's, where that teaches it; the mean over the batch's samples."""
+        if not (isinstance(output, Tensor) and isinstance(target, Tensor)):
+            raise TaskError(
+                f"task: {type(self).__name__} gives {type(output).__name__}, of which no distance is known; define "
+                "distance(output, target, temperature), or remove retrain.distill"
+            )
+        return F.mse_loss(output, target)
+
     def predict(self, model: nn.Module, batch: Any) -> Any:
         """The model's output for a batch; by default for the first of the batch's parts."""
         return model(batch[0])
@@ -98,6 +107,11 @@ class Classifier(Task):
 
     def loss(self, output: Any, batch: Any) -> Tensor:
         return F.cross_entropy(output, batch[1])
+
+    def distance(self, output: Any, target: Any, temperature: float) -> Tensor:
+        """The Kullback-Leibler divergence of the softened classes, times the temperature's square as gradients need."""
+        found, wanted = (F.log_softmax(scores / temperature, dim=1) for scores in (output, target))
+        return F.kl_div(found, wanted, reduction="batchmean", log_target=True) * temperature**2
 
     def metrics(self) -> dict[str, Metric]:
         from torchmetrics import ClasswiseWrapper

@@ -27,6 +27,7 @@ from hpcprune.seeds import derive, seed_all
 from hpcprune.sparse.training import SparseTraining
 from hpcprune.survivors import Survivors
 from hpcprune.task import Task, to_device
+from hpcprune.teacher import Teacher
 from hpcprune.training import BUCKET_MB, Training
 from hpcprune.world import World, part_of_rank
 
@@ -35,11 +36,16 @@ __all__ = ["Plan", "Step", "Trainer", "average_batch_norm", "plan_steps"]
 
 @dataclass(frozen=True)
 class Plan:
-    """How a training of a job falls into steps: samples in a global batch, steps in an epoch, steps in all."""
+    """How a training of a job falls into steps: samples in a global batch, steps in an epoch, steps in all.
+
+    The learning rate is that of a training of `lr_steps` steps (as many as `steps` for None) from step `lr_start` on.
+    """
 
     batch: int
     epoch: int
     steps: int
+    lr_start: int = 0
+    lr_steps: int | None = None
 
 
 @dataclass(frozen=True)
@@ -94,11 +100,13 @@ class Trainer:
         bucket_mb: float = BUCKET_MB,
         layers: Collection[str] = (),
         criterion: Criterion | None = None,
+        teacher: Teacher | None = None,
     ) -> None:
         """Begin to train `survivors`, which pack `model`'s weights; `close` when it is over.
 
         name: of the training's random numbers. sender: how buckets travel over `exchange`; as they are if None.
         layers: the prunable parameters, on which `l1` pulls. criterion: what follows the steps, if it looks at them.
+        teacher: the dense network, if it teaches.
         """
         self.plan = plan
         self.survivors = survivors
@@ -111,7 +119,7 @@ class Trainer:
         self._device = next(model.parameters()).device
         self._order: tuple[int, Tensor] = (-1, torch.empty(0))
         self._pulled = [segment for segment in survivors if segment.name in layers] if training.l1 else []
-        self._criterion = criterion
+        self._criterion, self._teacher = criterion, teacher
         self._followed: dict[torch.dtype, Tensor] = {}
         if criterion is not None and criterion.looks_at == "training":
             self._followed = {dtype: torch.zeros_like(packed.data) for dtype, packed in survivors.packed.items()}
@@ -138,7 +146,8 @@ class Trainer:
             self._tell_divergence(number, bad, float(loss))
         self._sender.check_sums(self.survivors.gradients(), what)
 
-        factor = learning_rate_factor(self._training.lr_schedule, number, self.plan.steps)
+        plan = self.plan
+        factor = learning_rate_factor(self._training.lr_schedule, plan.lr_start + number, plan.lr_steps or plan.steps)
         for group in self._optimizer.param_groups:
             group["lr"] = self._training.optimizer.lr * factor
         if self._training.clip_norm is not None:
@@ -215,7 +224,11 @@ class Trainer:
             own = indices[part * len(indices) // parts : (part + 1) * len(indices) // parts]
             batch = to_device(default_collate([self._dataset[index] for index in own]), self._device)
             with torch.autocast(self._device.type, torch.bfloat16, enabled=self._training.autocast):
-                loss = self._task.loss(self._task.predict(self._model, batch), batch) * (len(own) / self.plan.batch)
+                output = self._task.predict(self._model, batch)
+                loss = self._task.loss(output, batch)
+                if self._teacher is not None:
+                    loss = self._teacher.join(self._task, loss, output, batch)
+                loss = loss * (len(own) / self.plan.batch)
             self.buckets.backward(loss, what, add=part > 0, send=part == parts - 1)
             total += loss.detach()
         return total

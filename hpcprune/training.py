@@ -10,12 +10,18 @@ from pydantic import Field, ValidationInfo
 from hpcprune.errors import show
 from hpcprune.section import PARSED, Count, Fraction, NotNegative, Positive, Section, keep_own, own_keys, refuse
 
-__all__ = ["BUCKET_MB", "LrSchedule", "Optimizer", "Retraining", "TopK", "Training"]
+__all__ = ["BUCKET_MB", "Distill", "LrSchedule", "Optimizer", "Retraining", "TopK", "Training"]
 
 BUCKET_MB = 2.0  # measured by bench/exchange.py
 # Which keys of a section belong to which `name`; a key of another name would be silently without effect.
 _OPTIMIZER_KEYS = {"sgd": ("momentum", "nesterov"), "adam": ("betas",), "adamw": ("betas",)}
-_LR_SCHEDULE_KEYS = {"constant": (), "linear": ("final",), "cosine": ("final",), "step": ("at", "factor")}
+_LR_SCHEDULE_KEYS = {
+    "constant": (),
+    "linear": ("final",),
+    "cosine": ("final",),
+    "step": ("at", "factor"),
+    "rewind": ("start",),
+}
 
 
 class Optimizer(Section):
@@ -114,6 +120,22 @@ class Training(Section):
         return self
 
 
+class RetrainSchedule(LrSchedule):
+    """As above; or that of the dense training again: Renda et al. 2020, arXiv:2003.02389."""
+
+    name: Literal["constant", "linear", "cosine", "step", "rewind"] = "constant"  # type: ignore[assignment]
+    """How the learning rate falls after the warm-up; `rewind` is that of the dense training, its `lr` too, from a step
+    on."""
+    start: Annotated[int, Field(ge=0), PARSED] = 0
+    """rewind: the step of the dense training whose learning rate is the first."""
+
+    @pydantic.model_validator(mode="after")
+    def _one_warmup(self) -> RetrainSchedule:
+        if self.name == "rewind" and self.warmup:
+            raise refuse("warmup and rewind are both given; the dense training has its own warm-up: remove warmup")
+        return self
+
+
 class TopK(Section):
     """Only the largest of the survivors' gradients travel, the rest is kept for later steps; for slow networks.
 
@@ -126,9 +148,20 @@ class TopK(Section):
     """Steps over which the share falls exponentially from 1 to `share`."""
 
 
+class Distill(Section):
+    """The dense network teaches the pruned one: Hinton et al. 2015, arXiv:1503.02531."""
+
+    share: Annotated[float, Field(gt=0, le=1), PARSED] = 0.5
+    """The share of the loss that is the distance to the dense network's outputs; the rest is the task's own."""
+    temperature: Positive = 2.0
+    """What a classifier's scores are divided by, so that the less likely classes count for more."""
+
+
 class Retraining(Training):
     """How to train after each round, and how the ranks exchange the survivors' gradients."""
 
+    lr_schedule: RetrainSchedule = RetrainSchedule()
+    """The learning rate over the steps."""
     exchange: Literal["auto", "torch", "mpi", "horovod"] = "auto"
     """What carries the gradients: torch.distributed (nccl where CUDA is, else gloo), mpi4py or Horovod; the dense
     training uses it too."""
@@ -144,6 +177,8 @@ class Retraining(Training):
     sparse: Literal["auto", "never"] = "never"
     """Whether pruned Linear layers compute with their survivors alone, forward and backward; auto does
     where it was faster in steps tried at the start of a round, and then two runs may differ in their last bits."""
+    distill: Distill | None = None
+    """Where given, the pruned network learns from the dense one's outputs too."""
     top_k: TopK | None = None
     """Where given, only the largest of the survivors' gradients travel; needs sgd without nesterov."""
 

@@ -392,6 +392,12 @@ def test_an_override_cannot_reach_into_what_is_no_section(write: Write) -> None:
         (["retrain.epochs=null"], "retrain: how long? give epochs or steps (0 is no training)"),
         (["prune.distribution=erk"], "distribution: with scope: global the threshold gives each layer its sparsity"),
         (["prune.layers={head: 0.5}"], "layers: with scope: global the threshold gives each layer its sparsity"),
+        (["weights=net.pt", "prune.rewind=5"], "prune.rewind: weights is net.pt, so no step is trained to go back to"),
+        (
+            ["weights=net.pt", "retrain.lr_schedule.name=rewind"],
+            "retrain.lr_schedule.name: weights is net.pt, so there",
+        ),
+        (["retrain.lr_schedule={name: rewind, warmup: 5}"], "warmup and rewind are both given"),
         (["prune.criterion=l1"], "prune.criterion: l1 prunes what was trained with an L1 term; give train.l1 or"),
         (["prune.criterion=movement", "train.epochs=0"], "prune.criterion: movement follows weights while they are"),
         (["prune.criterion=movement", "prune.calibrate.samples=5"], "movement looks at training alone"),
@@ -534,6 +540,7 @@ def test_the_page_says_what_the_schema_says(write: Write, key: Key) -> None:
     beside = {"steps": ["epochs=null"], "final": ["lr_schedule.name=cosine"], "betas": ["optimizer.name=adam"]}
     beside |= {"at": ["lr_schedule.name=step"], "factor": ["lr_schedule.name=step"], "schedule": ["rounds=2"]}
     beside |= {"distribution": ["scope=layer"], "layers": ["scope=row"], "samples": ["criterion=wanda"]}
+    beside |= {"start": ["lr_schedule.name=rewind"]}
     *sections, last = key.name.split(".")
     beside |= {"batch_size": ["criterion=fisher"]} if "calibrate" in sections else {}
     needed = [f"{sections[0]}.{other}" for other in beside.get(last, [])]
