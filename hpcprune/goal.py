@@ -16,7 +16,7 @@ from hpcprune.packing import dense_of
 from hpcprune.prepare import Prepared
 from hpcprune.progress import Display
 from hpcprune.ranking import Goal
-from hpcprune.schedule import sparsity_of_round
+from hpcprune.schedule import layers_of_round, sparsity_of_round
 from hpcprune.seeds import derive
 from hpcprune.shards import Layer, Span
 from hpcprune.stage import Carried
@@ -29,8 +29,14 @@ __all__ = ["followed", "gather_statistic", "goal_of_round"]
 def goal_of_round(job: Job, layers: Sequence[Layer], number: int) -> Goal:
     """What is to be gone after the pruning of a round."""
     prune, sparsity = job.prune, sparsity_of_round(job.prune, number)
-    shares = sparsity if prune.scope == "global" else sparsities_of_layers(prune, layers, sparsity)
-    return Goal(CRITERIA[prune.criterion], prune.scope, shares, job.seed)
+    criterion = CRITERIA[prune.criterion]
+    if prune.scope == "global":
+        return Goal(criterion, prune.scope, sparsity, job.seed)
+    shares = sparsities_of_layers(prune, layers, sparsity)
+    if prune.schedule == "layer-by-layer":
+        first = layers_of_round(len(layers), prune.rounds, number)
+        shares = [0.0] * first + shares[first:]
+    return Goal(criterion, prune.scope, shares, job.seed)
 
 
 def followed(layers: Sequence[Layer], carried: Carried) -> Gathered | None:

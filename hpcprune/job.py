@@ -52,8 +52,9 @@ class Prune(Section):
     of the others."""
     rounds: Count = 1
     """How many times it is pruned and retrained."""
-    schedule: Literal["one-shot", "linear", "cubic"] = Field(default=None, validate_default=True)
-    """The sparsity over the rounds; where it is not given, one-shot for 1 round and cubic for more."""
+    schedule: Literal["one-shot", "linear", "cubic", "layer-by-layer"] = Field(default=None, validate_default=True)
+    """The sparsity over the rounds; where it is not given, one-shot for 1 round and cubic for more. layer-by-layer
+    prunes the last layers in the first round, and goes on towards the first."""
     include: tuple[Text, ...] = Field(default=("*",), min_length=1)
     """Which of the weights of Linear, Conv and RNN layers are prunable: patterns (`*`, `?`, `[abc]`) on the name of the
     parameter or of its module."""
@@ -107,6 +108,12 @@ class Prune(Section):
                 f"{key}: with scope: global the threshold gives each layer its sparsity; write scope: layer (or row), "
                 f"or remove {key}"
             )
+        return self
+
+    @pydantic.model_validator(mode="after")
+    def _layers_by_themselves(self) -> Prune:
+        if self.schedule == "layer-by-layer" and self.scope == "global":
+            raise refuse("schedule: layer-by-layer ranks no layers together; write scope: layer (or row)")
         return self
 
     @pydantic.model_validator(mode="after")

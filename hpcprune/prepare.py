@@ -73,6 +73,11 @@ def _prepare(job: Job, world: World, threads: int, device: torch.device, gpus: l
     model = build_model(task)
     layers = find_layers(model, job.prune.include, job.prune.exclude, embeddings=job.prune.embeddings)
     sparsities_of_layers(job.prune, layers, job.prune.sparsity)
+    if job.prune.schedule == "layer-by-layer" and job.prune.rounds > len(layers):
+        raise JobError(
+            f"prune.rounds: {job.prune.rounds} is more than the {len(layers)} layers that layer-by-layer goes through; "
+            f"give at most {len(layers)}"
+        )
     CRITERIA[job.prune.criterion].check(model, layers)
     if not any(parameter.requires_grad for parameter in model.parameters()):
         raise TaskError(

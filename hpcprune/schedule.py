@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from hpcprune.job import Prune
     from hpcprune.training import LrSchedule
 
-__all__ = ["learning_rate_factor", "pruned_count", "sparsity_of_round"]
+__all__ = ["layers_of_round", "learning_rate_factor", "pruned_count", "sparsity_of_round"]
 
 
 def sparsity_of_round(prune: Prune, number: int) -> float:
@@ -20,14 +20,22 @@ def sparsity_of_round(prune: Prune, number: int) -> float:
 
     linear: in equal parts. cubic: much at first, when there is much to spare, and little at the end
     (Zhu and Gupta, To prune, or not to prune, 2017, arXiv:1710.01878, equation 1 with s_i = 0).
-    Rises from round to round, and the last round has exactly `prune.sparsity`.
+    Rises from round to round, and the last round has exactly `prune.sparsity`. layer-by-layer: that of the layers that
+    were come to.
     """
     if not 0 <= number <= prune.rounds:
         raise ValueError(f"round {number} is not in 0 to {prune.rounds}")
     done = number / prune.rounds
+    if prune.schedule == "layer-by-layer":
+        return prune.sparsity if number else 0.0
     if prune.schedule == "cubic":
         return prune.sparsity * (1 - (1 - done) ** 3)
     return prune.sparsity * done
+
+
+def layers_of_round(layers: int, rounds: int, number: int) -> int:
+    """The first of `layers` layers that are pruned by the end of a round of layer-by-layer; those behind it are too."""
+    return layers - layers * number // rounds
 
 
 def pruned_count(total: int, sparsity: float) -> int:

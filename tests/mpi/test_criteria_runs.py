@@ -60,6 +60,31 @@ def test_layers_by_pattern_and_erk_have_their_sparsities(mpirun: Launch, tmp_pat
     assert density["0.weight"] / density["4.weight"] == pytest.approx((68 / 960) / (96 / 2304), rel=0.02)
 
 
+LAYERS = ("prune.scope=layer", "prune.schedule=layer-by-layer", "prune.rounds=3", PACK)
+
+
+def test_layer_by_layer_goes_from_the_last_to_the_first_and_on_when_killed(mpirun: Launch, tmp_path: Path) -> None:
+    whole = run(mpirun, tmp_path / "whole", 2, *LAYERS)
+    assert whole.returncode == 0, whole.stderr
+    gone = [round(0.9 * weights) for weights in (192, 2304, 960)]
+    for number in (1, 2, 3):
+        left = 3456 - sum(gone[:number])
+        assert f"round {number}/3: pruned to {1 - left / 3456:.2%}, {left:,} of 3,456" in whole.stdout
+    killed = run(mpirun, tmp_path / "run", 2, *LAYERS, TINY="kill:1:75")
+    assert killed.returncode != 0
+    again = run(mpirun, tmp_path / "run", 2, *LAYERS)
+    assert again.returncode == 0 and "(round 2, step" in again.stdout
+    state = read_model(tmp_path / "run/model.h5")
+    assert_same_weights(state, read_model(tmp_path / "whole/model.h5"))
+    for name, pruned in zip(("6.weight", "4.weight", "0.weight"), gone, strict=True):
+        assert int((state.layers[name].values == 0).sum()) == pruned
+
+
+def test_more_rounds_than_layers_are_refused(mpirun: Launch, tmp_path: Path) -> None:
+    done = run(mpirun, tmp_path / "run", 2, *LAYERS[:2], "prune.rounds=4")
+    assert done.returncode == 2 and "prune.rounds: 4 is more than the 3 layers that layer-by-layer" in done.stderr
+
+
 def test_a_pattern_that_names_nothing_is_refused_before_any_work(mpirun: Launch, tmp_path: Path) -> None:
     done = run(mpirun, tmp_path / "run", 2, "prune.scope=layer", "prune.layers={tail: 0.25}")
     assert done.returncode == 2 and "prune.layers: 'tail' matches no prunable layer" in done.stderr
