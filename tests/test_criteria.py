@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -221,6 +222,18 @@ def test_what_was_pruned_before_stays_and_counts() -> None:
         with torch.no_grad():
             for name in masks:
                 parameters[name].masked_fill_(~masks[name], 100.0)
+
+
+def test_what_went_before_goes_first_in_a_row_whatever_is_left() -> None:
+    """Scores may be below 0, as movement's are, and those of pruned weights are nothing to go by."""
+    from hpcprune.rows import select_in_rows
+
+    scores, before = (
+        torch.tensor([-3.0, 9.0, -1.0, -2.0, 9.0, -4.0]),
+        np.packbits([1, 0, 1, 1, 0, 1], bitorder="little"),
+    )
+    (bits,) = select_in_rows([scores], [before], [6], [0.5], ["w"], World.alone())
+    assert np.unpackbits(bits, count=6, bitorder="little").tolist() == [1, 0, 1, 1, 0, 0]
 
 
 def test_first_among_equals_go_in_a_row() -> None:
