@@ -15,16 +15,15 @@ if TYPE_CHECKING:
 __all__ = ["erdos_renyi_kernel", "sparsities_of_layers"]
 
 
-def sparsities_of_layers(prune: Prune, layers: Sequence[Layer], sparsity: float) -> list[float]:
-    """Each layer's sparsity where the round's is `sparsity`: that of its pattern in `prune.layers`, else its share.
-
-    The patterns' sparsities are those of the last round; before it they are as far as `sparsity` is on its way.
+def sparsities_of_layers(prune: Prune, layers: Sequence[Layer], share: float) -> list[float]:
+    """Each layer's sparsity where a `share` of all sparsities is come to: that of its pattern in `prune.layers`, or its
+    part of `prune.sparsity`.
 
     Raises:
-        JobError: a pattern matches no layer.
+        JobError: a pattern matches no layer, or two match the same.
     """
-    done = sparsity / prune.sparsity if prune.sparsity else 1.0
     found: dict[str, float] = {}
+    by: dict[str, str] = {}
     for pattern, target in prune.layers.items():
         names = matching(pattern, [layer.name for layer in layers])
         if not names:
@@ -32,10 +31,14 @@ def sparsities_of_layers(prune: Prune, layers: Sequence[Layer], sparsity: float)
                 f"prune.layers: {pattern!r} matches no prunable layer; there are {len(layers)}, such as "
                 f"{', '.join(layer.name for layer in layers[:3])}"
             )
-        found |= dict.fromkeys(names, target * done)
+        for name in names:
+            if name in by:
+                raise JobError(f"prune.layers: {by[name]!r} and {pattern!r} both match {name}; let one of them do so")
+            by[name], found[name] = pattern, target * share
     others = [layer for layer in layers if layer.name not in found]
+    sparsity = prune.sparsity * share
     shares = [sparsity] * len(others) if prune.distribution == "uniform" else erdos_renyi_kernel(others, sparsity)
-    found |= {layer.name: share for layer, share in zip(others, shares, strict=True)}
+    found |= {layer.name: each for layer, each in zip(others, shares, strict=True)}
     return [found[layer.name] for layer in layers]
 
 

@@ -16,7 +16,7 @@ from hpcprune.packing import dense_of
 from hpcprune.prepare import Prepared
 from hpcprune.progress import Display
 from hpcprune.ranking import Goal
-from hpcprune.schedule import layers_of_round, sparsity_of_round
+from hpcprune.schedule import layers_of_round, share_of_round, sparsity_of_round
 from hpcprune.seeds import derive
 from hpcprune.shards import Layer, Span
 from hpcprune.stage import Carried
@@ -28,11 +28,10 @@ __all__ = ["followed", "gather_statistic", "goal_of_round"]
 
 def goal_of_round(job: Job, layers: Sequence[Layer], number: int) -> Goal:
     """What is to be gone after the pruning of a round."""
-    prune, sparsity = job.prune, sparsity_of_round(job.prune, number)
-    criterion = CRITERIA[prune.criterion]
+    prune, criterion = job.prune, CRITERIA[job.prune.criterion]
     if prune.scope == "global":
-        return Goal(criterion, prune.scope, sparsity, job.seed)
-    shares = sparsities_of_layers(prune, layers, sparsity)
+        return Goal(criterion, prune.scope, sparsity_of_round(prune, number), job.seed)
+    shares = sparsities_of_layers(prune, layers, share_of_round(prune, number))
     if prune.schedule == "layer-by-layer":
         first = layers_of_round(len(layers), prune.rounds, number)
         shares = [0.0] * first + shares[first:]

@@ -16,7 +16,7 @@ from typing import Annotated, Any, Literal
 
 import pydantic
 import yaml
-from pydantic import Field, PrivateAttr, ValidationInfo
+from pydantic import BeforeValidator, Field, PrivateAttr, ValidationInfo
 
 from hpcprune.criteria import CRITERIA, Scope
 from hpcprune.errors import show
@@ -24,6 +24,11 @@ from hpcprune.section import PARSED, Count, Fraction, Positive, Section, Text, r
 from hpcprune.training import Retraining, Training
 
 __all__ = ["Job", "Prune", "differences"]
+
+
+def _as_text(key: Any) -> Any:
+    """YAML reads the name of a Sequential's module, 6, as a number."""
+    return str(key) if type(key) is int else key
 
 
 class Calibrate(Section):
@@ -47,7 +52,7 @@ class Prune(Section):
     given, row for wanda and global for the others."""
     distribution: Literal["uniform", "erk"] = "uniform"
     """scope layer and row: whether all layers have the same sparsity, or the smaller ones less (Erdos-Renyi-kernel)."""
-    layers: dict[Text, Fraction] = Field(default={})
+    layers: dict[Annotated[Text, BeforeValidator(_as_text)], Fraction] = Field(default={})
     """scope layer and row: sparsities of layers of their own, by patterns like those of `include`; `sparsity` is that
     of the others."""
     rounds: Count = 1
@@ -114,6 +119,8 @@ class Prune(Section):
     def _layers_by_themselves(self) -> Prune:
         if self.schedule == "layer-by-layer" and self.scope == "global":
             raise refuse("schedule: layer-by-layer ranks no layers together; write scope: layer (or row)")
+        if self.schedule == "layer-by-layer" and self.rounds == 1:
+            raise refuse("rounds: 1 would prune all layers at once; write the number of layers, or schedule: one-shot")
         return self
 
     @pydantic.model_validator(mode="after")

@@ -6,8 +6,9 @@ Every rank prepares for itself (the model and the data are the same everywhere);
 from __future__ import annotations
 
 import socket
-from collections.abc import Sized
+from collections.abc import Sequence, Sized
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import nn
@@ -20,6 +21,7 @@ from hpcprune.launch import check_gpus
 from hpcprune.layers import find_layers
 from hpcprune.seeds import seed_all
 from hpcprune.shards import Layer, Span, deal
+from hpcprune.statistics import Calibration
 from hpcprune.task import Data, Task, build_data, build_model, call_user, load_task
 from hpcprune.train import Plan, plan_steps
 from hpcprune.weights import fit_weights, load_weights
@@ -72,7 +74,7 @@ def _prepare(job: Job, world: World, threads: int, device: torch.device, gpus: l
     seed_all(job.seed, "model")
     model = build_model(task)
     layers = find_layers(model, job.prune.include, job.prune.exclude, embeddings=job.prune.embeddings)
-    sparsities_of_layers(job.prune, layers, job.prune.sparsity)
+    sparsities_of_layers(job.prune, layers, 1.0)
     if job.prune.schedule == "layer-by-layer" and job.prune.rounds > len(layers):
         raise JobError(
             f"prune.rounds: {job.prune.rounds} is more than the {len(layers)} layers that layer-by-layer goes through; "
@@ -99,8 +101,25 @@ def _prepare(job: Job, world: World, threads: int, device: torch.device, gpus: l
         dense = plan_steps(job.train, samples, world.size, "train")
     retrain = _rewound(job, plan_steps(job.retrain, samples, world.size, "retrain"), dense)
     model.to(device)
+    _rehearse(job, task, model, layers, data)
     shards = deal(layers, world.size, whole_rows=job.prune.scope == "row")
     return Prepared(task, model, data, layers, shards, dense, retrain, threads)
+
+
+def _rehearse(job: Job, task: Task, model: nn.Module, layers: Sequence[Layer], data: Data) -> None:
+    """Do on a sample what would else go wrong after the dense training: watch inputs, and take outputs' distance."""
+
+    def run(batch: Any) -> Any:
+        return task.predict(model, batch)
+
+    criterion = CRITERIA[job.prune.criterion]
+    calibration = Calibration(model, data.train, [0], 1, run, run, (job.seed, "rehearsal"), World.alone())
+    if criterion.looks_at == "inputs":
+        criterion.statistic().gather(calibration, layers, deal(layers, 1))
+    if job.retrain.distill is not None:
+        with calibration.mode(training=False), torch.no_grad():
+            output = run(calibration.batch([0]))
+            task.distance(output, output, job.retrain.distill.temperature)
 
 
 def _rewound(job: Job, retrain: Plan, dense: Plan | None) -> Plan:

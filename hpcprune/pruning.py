@@ -50,7 +50,8 @@ def prune(
             each ("row"). None is what the criterion is meant for: "row" for wanda, "global" for others.
         criterion: how weights are scored: magnitude (which l1 is without a training), lamp or random; with `data`,
             wanda; with `loss` too, sensitivity, snip, fisher, or movement as of one step that sees all samples.
-        data: the samples to look at, all of them: a map-style dataset or a list, of the same samples on every rank.
+        data: for criteria that look at any, the samples, all of them: a map-style dataset or a list, of the same
+            samples on every rank.
         loss: of the model and a batch, the mean loss over the batch. Without it the model is called with a batch's
             first part, or with a dictionary's entries by name.
         batch_size: samples in a batch.
@@ -77,6 +78,7 @@ def prune(
     goal = Goal(chosen, scope or chosen.scope, sparsity, seed)
     world = World.of(comm)
     layers = find_layers(model, include, exclude, embeddings=embeddings)
+    _agree((criterion, goal.scope, samples, batch_size, seed), world)
     shards = deal(layers, world.size, whole_rows=goal.scope == "row")
     gathered = None
     if samples:
@@ -95,6 +97,17 @@ def prune(
     masks = prune_layers(dict(model.named_parameters()), Masks.full(layers), shards, goal, world, gathered).masks
     masks.apply(model)
     return masks
+
+
+def _agree(given: tuple[object, ...], world: World) -> None:
+    """Raise JobError, on every rank, where the ranks would not gather the same. Collective."""
+    everywhere = world.allgather(given, "prune: what each rank was given")
+    if len(set(everywhere)) > 1:
+        told = "; ".join(f"rank {rank}: {each}" for rank, each in enumerate(everywhere[:4]))
+        raise JobError(
+            f"criterion, scope, the number of samples, batch_size or seed differ between ranks ({told}); give all the "
+            "same: each rank takes batches of its own from the same data"
+        )
 
 
 def _count_samples(criterion: Criterion, data: object, loss: object, batch_size: object) -> int:

@@ -156,7 +156,7 @@ class Run:
         found.masks.apply(self.model)
         self.masks = found.masks
         ledger.run_step += 1
-        ledger.thresholds = {
+        ledger.thresholds |= {  # of layers of which nothing more goes, those from before hold
             name: threshold.value for name, threshold in found.thresholds.items() if math.isfinite(threshold.value)
         }
         for stage, seconds in found.seconds.items():
@@ -180,7 +180,7 @@ class Run:
     def _keep_early(self, stage: str) -> None:
         """Write the network of now down where pruning will go back to it."""
         if stage == "train" and self.ledger.step == self.job.prune.rewind:
-            self.saver.write_result(self.folder.early, self.masks, self.ledger)
+            self.saver.write_early(self.folder.early, self.masks, self.ledger)
 
     def _train(self, stage: str) -> None:
         """Do the steps of this round that are left."""

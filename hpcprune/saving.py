@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -79,12 +80,10 @@ class Saver:
             if self._world.rank == 0:
                 ledger.metrics_bytes = self._folder.flush_metrics()
             ledger.metrics_bytes = self._world.bcast(ledger.metrics_bytes, f"{what}: metrics")
-            buffers = own_buffers(self._model)
-            average_batch_norm(self._model, self._world)
-            own = {f"buffers/{name}": value for name, value in buffers.items()}
-            own |= {f"exchange/{name}": value for name, value in carried.own.items()}
-            state = self._state(masks, ledger, {"ledger": ledger.as_dict()}, carried.optimizer, own)
-            load_buffers(self._model, buffers)
+            with self._averaged() as buffers:
+                own = {f"buffers/{name}": value for name, value in buffers.items()}
+                own |= {f"exchange/{name}": value for name, value in carried.own.items()}
+                state = self._state(masks, ledger, {"ledger": ledger.as_dict()}, carried.optimizer, own)
             check_weights(state, self._world, what)
             self._writer.begin(ledger.run_step, state)
 
@@ -109,6 +108,19 @@ class Saver:
             return self._world.lead(
                 lambda: write_model(path, self._result(masks, ledger, about)), f"writing {path.name}"
             )
+
+    def write_early(self, path: Path, masks: Masks, ledger: Ledger) -> None:
+        """Write the model in the middle of a training, which goes on as if it had not been. Collective."""
+        with self._averaged():
+            self.write_result(path, masks, ledger)
+
+    @contextmanager
+    def _averaged(self) -> Iterator[dict[str, Tensor]]:
+        """Have batch norms with the statistics of all ranks; gives this rank's own, which are its again afterwards."""
+        buffers = own_buffers(self._model)
+        average_batch_norm(self._model, self._world)
+        yield buffers
+        load_buffers(self._model, buffers)
 
     def _result(self, masks: Masks, ledger: Ledger, about: Mapping[str, Any]) -> State:
         return self._state(masks, ledger, about, {}, {})

@@ -12,25 +12,29 @@ if TYPE_CHECKING:
     from hpcprune.job import Prune
     from hpcprune.training import LrSchedule
 
-__all__ = ["layers_of_round", "learning_rate_factor", "pruned_count", "sparsity_of_round"]
+__all__ = ["layers_of_round", "learning_rate_factor", "pruned_count", "share_of_round", "sparsity_of_round"]
 
 
 def sparsity_of_round(prune: Prune, number: int) -> float:
-    """The sparsity after the pruning of round `number`, 1 to `prune.rounds`; round 0 is the dense network, 0.0.
+    """The sparsity after the pruning of round `number`; the last round has exactly `prune.sparsity`."""
+    return prune.sparsity * share_of_round(prune, number)
+
+
+def share_of_round(prune: Prune, number: int) -> float:
+    """The share of the sparsity that is come to by round `number`, 1 to `prune.rounds`; round 0 is the dense network.
 
     linear: in equal parts. cubic: much at first, when there is much to spare, and little at the end
     (Zhu and Gupta, To prune, or not to prune, 2017, arXiv:1710.01878, equation 1 with s_i = 0).
-    Rises from round to round, and the last round has exactly `prune.sparsity`. layer-by-layer: that of the layers that
-    were come to.
+    Rises from round to round to exactly 1. layer-by-layer: that of the layers that were come to.
     """
     if not 0 <= number <= prune.rounds:
         raise ValueError(f"round {number} is not in 0 to {prune.rounds}")
     done = number / prune.rounds
     if prune.schedule == "layer-by-layer":
-        return prune.sparsity if number else 0.0
+        return float(number > 0)
     if prune.schedule == "cubic":
-        return prune.sparsity * (1 - (1 - done) ** 3)
-    return prune.sparsity * done
+        return 1 - (1 - done) ** 3
+    return done
 
 
 def layers_of_round(layers: int, rounds: int, number: int) -> int:

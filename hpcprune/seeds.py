@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import random
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import numpy as np
 import torch
 
-__all__ = ["derive", "seed_all"]
+__all__ = ["derive", "kept_random", "seed_all"]
 
 
 def derive(*parts: int | str) -> int:
@@ -22,3 +24,18 @@ def seed_all(*parts: int | str) -> None:
     torch.manual_seed(seed)
     np.random.seed(seed)
     random.seed(seed)
+
+
+@contextmanager
+def kept_random() -> Iterator[None]:
+    """Leave those generators as they were."""
+    of_gpus = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
+    of_torch, of_numpy, of_python = torch.get_rng_state(), np.random.get_state(), random.getstate()
+    try:
+        yield
+    finally:
+        torch.set_rng_state(of_torch)
+        np.random.set_state(of_numpy)
+        random.setstate(of_python)
+        if of_gpus:
+            torch.cuda.set_rng_state_all(of_gpus)

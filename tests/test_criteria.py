@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import random
 from collections.abc import Callable
 from typing import Any
 
@@ -46,7 +47,9 @@ def loss(model: nn.Module, batch: Any) -> Tensor:
 
 
 def batches(data: TensorDataset, size: int = BATCH) -> list[tuple[Tensor, Tensor]]:
-    return [data[start : start + size] for start in range(0, len(data), size)]
+    """Of nearly equal sizes."""
+    count = math.ceil(len(data) / size)
+    return [data[len(data) * n // count : len(data) * (n + 1) // count] for n in range(count)]
 
 
 def gradients(model: nn.Module, batch: Any) -> Scores:
@@ -187,6 +190,38 @@ def test_each_criterion_has_its_own_scope_where_none_is_given() -> None:
     assert not by_row("magnitude")
 
 
+@pytest.mark.parametrize("criterion", ["wanda", "snip", "fisher"])
+def test_what_is_random_is_left_as_it_was(criterion: str) -> None:
+    drawn = []
+    for look in (False, True):
+        model = network()
+        torch.manual_seed(9), np.random.seed(9), random.seed(9)
+        if look:
+            hpcprune.prune(model, 0.5, criterion=criterion, data=samples(), loss=loss, comm=World.alone())
+        drawn.append((torch.rand(3).tolist(), np.random.rand(3).tolist(), random.random()))
+    assert drawn[0] == drawn[1]
+
+
+def test_a_last_batch_is_not_of_one_sample() -> None:
+    """Which a batch norm in training would refuse."""
+    model, data = (
+        nn.Sequential(nn.Linear(4, 6), nn.BatchNorm1d(6), nn.Linear(6, 10)),
+        TensorDataset(torch.randn(33, 4), torch.arange(33) % 10),
+    )
+    hpcprune.prune(model, 0.5, criterion="snip", data=data, loss=loss, batch_size=32, comm=World.alone())
+
+
+def test_sparse_gradients_of_embeddings_are_scores_too() -> None:
+    def masks(sparse: bool) -> list[Tensor]:
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Embedding(20, 4, sparse=sparse), nn.Flatten(), nn.Linear(12, 3))
+        data = TensorDataset(torch.arange(60).reshape(20, 3) % 20, torch.arange(20) % 3)
+        options = {"embeddings": True, "data": data, "loss": loss, "comm": World.alone()}
+        return [*hpcprune.prune(model, 0.5, criterion="fisher", **options).values()]
+
+    assert all(torch.equal(a, b) for a, b in zip(masks(True), masks(False), strict=True))
+
+
 def test_random_masks_follow_from_the_seed_and_are_of_no_pattern() -> None:
     def mask(seed: int) -> Tensor:
         model = nn.Sequential(nn.Linear(300, 200), nn.Linear(300, 200))
@@ -298,6 +333,11 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "no data": ({"criterion": "wanda"}, "data: not given; wanda looks at samples: give a map-style dataset"),
     "empty data": ({"criterion": "wanda", "data": []}, "data: list, without samples"),
     "no loss": ({"criterion": "fisher", "data": samples()}, "loss: None is not a function; fisher needs the mean"),
+    "a loss that is none": ({"criterion": "fisher", "data": samples(), "loss": lambda m, b: 1.0}, "loss: gave float"),
+    "a loss a sample": (
+        {"criterion": "snip", "data": samples(), "loss": lambda m, b: m(b[0])},
+        r"loss: gave Tensor of shape \[18, 10\], not the mean over the batch",
+    ),
     "no batch": ({"criterion": "wanda", "data": samples(), "batch_size": 0}, "batch_size: 0 is not a whole number"),
 }
 

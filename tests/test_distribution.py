@@ -25,17 +25,28 @@ def make(**keys: Any) -> Prune:
 
 
 def test_all_alike_but_those_that_a_pattern_names() -> None:
-    assert sparsities_of_layers(make(), LAYERS, 0.8) == [0.8, 0.8, 0.8]
-    assert sparsities_of_layers(make(layers={"head": 0.4, "c*": 0}), LAYERS, 0.8) == [0, 0.8, 0.4]
+    assert sparsities_of_layers(make(), LAYERS, 1.0) == [0.8, 0.8, 0.8]
+    assert sparsities_of_layers(make(layers={"head": 0.4, "c*": 0}), LAYERS, 1.0) == [0, 0.8, 0.4]
 
 
 def test_a_round_on_the_way_has_its_part_of_a_patterns_sparsity() -> None:
-    assert sparsities_of_layers(make(layers={"head": 0.4}), LAYERS, 0.2) == [0.2, 0.2, 0.1]
+    assert sparsities_of_layers(make(layers={"head": 0.4}), LAYERS, 0.25) == [0.2, 0.2, 0.1]
 
 
 def test_a_pattern_that_names_nothing_is_refused() -> None:
     with pytest.raises(JobError, match=r"prune\.layers: 'tail' matches no prunable layer; there are 3, such as conv"):
-        sparsities_of_layers(make(layers={"tail": 0.4}), LAYERS, 0.8)
+        sparsities_of_layers(make(layers={"tail": 0.4}), LAYERS, 1.0)
+
+
+def test_two_patterns_for_one_layer_are_refused() -> None:
+    with pytest.raises(
+        JobError, match=r"prune\.layers: '\*' and 'head' both match head\.weight; let one of them do so"
+    ):
+        sparsities_of_layers(make(layers={"*": 0.5, "head": 0.2}), LAYERS, 1.0)
+
+
+def test_one_layer_alone_is_pruned_in_rounds() -> None:
+    assert sparsities_of_layers(make(sparsity=0, layers={"head": 0.8}), LAYERS, 0.5) == [0, 0, 0.4]
 
 
 def test_densities_are_as_the_sum_of_a_layers_sides_over_their_product() -> None:
@@ -66,6 +77,6 @@ def test_any_layers_have_the_sparsity_together(shapes: list[list[int]], sparsity
 
 
 def test_erk_with_patterns_is_of_the_other_layers() -> None:
-    found = sparsities_of_layers(make(distribution="erk", layers={"body": 0.5}), LAYERS, 0.8)
+    found = sparsities_of_layers(make(distribution="erk", layers={"body": 0.5}), LAYERS, 1.0)
     assert found[1] == 0.5
     assert found[0] * 432 + found[2] * 2560 == pytest.approx(0.8 * (432 + 2560))

@@ -139,6 +139,11 @@ VARIED = [
 ]
 
 
+def test_a_layers_name_may_be_a_number(write: Write) -> None:
+    job = load_job(write(SMALL), ["prune.scope=layer", "prune.layers={6: 0.25, head: 0.5}"])
+    assert job.prune.layers == {"6": 0.25, "head": 0.5}
+
+
 def test_scope_and_calibrate_follow_from_the_criterion(write: Write) -> None:
     path = write(SMALL)
     plain, wanda, given = (
@@ -245,6 +250,7 @@ VALUES = [
     ),
     ("prune.criterion", "5", "5 is not one of magnitude, l1, lamp, random, sensitivity, snip, fisher, movement, wanda"),
     ("prune.scope", "globl", '"globl" is not one of global, layer, row; did you mean global?'),
+    ("prune.layers", "{1.5: 0.5}", '{"1.5": 0.5} is not a mapping of texts, each to a number in [0, 1)'),
     ("prune.layers", "{head: 1}", '{"head": 1} is not a mapping of texts, each to a number in [0, 1)'),
     ("prune.schedule", "weekly", '"weekly" is not one of one-shot, linear, cubic, layer-by-layer'),
     ("prune.rounds", "0", "0 is not a whole number of at least 1"),
@@ -399,7 +405,13 @@ def test_an_override_cannot_reach_into_what_is_no_section(write: Write) -> None:
         ),
         (["retrain.lr_schedule={name: rewind, warmup: 5}"], "warmup and rewind are both given"),
         (["prune.schedule=layer-by-layer"], "schedule: layer-by-layer ranks no layers together; write scope: layer"),
-        (["prune.criterion=l1"], "prune.criterion: l1 prunes what was trained with an L1 term; give train.l1 or"),
+        (["prune.scope=layer", "prune.schedule=layer-by-layer"], "rounds: 1 would prune all layers at once"),
+        (
+            ["prune.criterion=l1", "retrain.l1=0.1"],
+            "prune.criterion: l1 prunes what was trained with an L1 term before",
+        ),
+        (["prune.criterion=snip", "prune.calibrate.batch_size=1"], "prune.criterion: snip looks at the network as in"),
+        (["prune.criterion=l1"], "prune.criterion: l1 prunes what was trained with an L1 term before; give"),
         (["prune.criterion=movement", "train.epochs=0"], "prune.criterion: movement follows weights while they are"),
         (["prune.criterion=movement", "prune.calibrate.samples=5"], "movement looks at training alone"),
         (["prune.criterion=movement", "retrain.top_k.share=0.1"], "prune.criterion: movement needs the whole gradient"),

@@ -13,6 +13,7 @@ from hpcprune.criteria.criterion import Criterion, Piece
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from hpcprune.job import Job
     from hpcprune.statistics import Statistic
 
 __all__ = ["Fisher", "Sensitivity", "Snip"]
@@ -52,6 +53,11 @@ class Snip(Criterion):
         from hpcprune.statistics import Gradients
 
         return Gradients(lambda gradient: gradient, training=True)
+
+    def refusal(self, job: Job) -> str:
+        if job.prune.calibrate is not None and job.prune.calibrate.batch_size == 1:
+            return "snip looks at the network as in training, where batch norms need several samples; raise batch_size"
+        return ""
 
     def scores(self, piece: Piece) -> Tensor:
         return (piece.weights.double() * piece.gathered).abs()

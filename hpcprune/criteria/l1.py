@@ -23,6 +23,12 @@ class L1(Magnitude):
     name = "l1"
 
     def refusal(self, job: Job) -> str:
-        if job.retrain.l1 or (job.train is not None and job.weights == "train" and job.train.l1):
+        train = job.train if job.weights == "train" else None
+        if (train is not None and train.l1 and (train.epochs or train.steps)) or (
+            job.retrain.l1 and job.prune.rounds > 1
+        ):
             return ""
-        return "l1 prunes what was trained with an L1 term; give train.l1 or retrain.l1, or write criterion: magnitude"
+        return (
+            "l1 prunes what was trained with an L1 term before; give train.l1, or retrain.l1 and several rounds, or "
+            "write criterion: magnitude"
+        )

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset, default_collate
 
 from hpcprune.errors import NumericsError
-from hpcprune.seeds import seed_all
-from hpcprune.snapshot import load_buffers, own_buffers
+from hpcprune.seeds import kept_random, seed_all
+from hpcprune.snapshot import load_buffers
 from hpcprune.task import to_device
 from hpcprune.world import World
 
@@ -43,16 +43,22 @@ class Calibration:
     advance: Callable[[], None] = lambda: None
 
     @property
+    def batches(self) -> int:
+        """How many there are, over all ranks; of nearly equal sizes, as a batch norm would not take a last one of 1."""
+        return -(-len(self.samples) // self.batch_size)
+
+    @property
     def turns(self) -> int:
-        """How many there are."""
-        return -(-len(self.samples) // (self.batch_size * self.world.size))
+        """How often every rank takes one, or none."""
+        return -(-self.batches // self.world.size)
 
     def own(self) -> Iterator[list[int]]:
         """This rank's samples of each turn; none where there is no batch left for it."""
         for turn in range(self.turns):
             number = turn * self.world.size + self.world.rank
             seed_all(*self.name, "calibrate", number)
-            yield [*self.samples[number * self.batch_size : (number + 1) * self.batch_size]]
+            first, last = (len(self.samples) * edge // self.batches for edge in (number, number + 1))
+            yield [*self.samples[first:last]]
             self.advance()
 
     def batch(self, indices: Sequence[int]) -> Any:
@@ -73,13 +79,13 @@ class Calibration:
 
     @contextmanager
     def mode(self, *, training: bool) -> Iterator[None]:
-        """Put the model's modules into a mode, and leave them and its buffers as they were."""
+        """Put the model's modules into a mode, and leave them, its buffers and what is random as they were."""
         modes = {module: module.training for module in self.model.modules()}
-        buffers = own_buffers(self.model) if training else {}
+        buffers = {name: buffer.clone() for name, buffer in self.model.named_buffers()} if training else {}
         self.model.train(training)
         try:
             # cuDNN knows no backward of recurrent layers in evaluation.
-            with torch.backends.cudnn.flags(enabled=training):
+            with kept_random(), torch.backends.cudnn.flags(enabled=training):
                 yield
         finally:
             for module, mode in modes.items():

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from hpcprune.errors import JobError
 from hpcprune.shards import Layer, Span
 from hpcprune.statistics.calibration import Calibration
 from hpcprune.statistics.statistic import Gathered
@@ -42,15 +43,26 @@ class Gradients:
         }
         with calibration.mode(training=self.training), _graded(parameters):
             for indices in calibration.own():
-                found, bad = self._look(calibration, parameters, indices)
-                calibration.check_finite(bad)
-                for owner, shard in enumerate(shards):
-                    for span in shard:
-                        mine = found(span)
-                        total = calibration.sum_for_owner(mine, owner, layers[span.layer].name)
-                        if total is not None:
-                            sums[span] += total
+                self._turn(calibration, parameters, indices, layers, shards, sums)
         return sums.__getitem__
+
+    def _turn(
+        self,
+        calibration: Calibration,
+        parameters: Sequence[Tensor],
+        indices: Sequence[int],
+        layers: Sequence[Layer],
+        shards: Sequence[Sequence[Span]],
+        sums: dict[Span, Tensor],
+    ) -> None:
+        """Add a batch of each rank to its owners' sums. What it needs for that is freed before the next."""
+        found, bad = self._look(calibration, parameters, indices)
+        calibration.check_finite(bad)
+        for owner, shard in enumerate(shards):
+            for span in shard:
+                total = calibration.sum_for_owner(found(span), owner, layers[span.layer].name)
+                if total is not None:
+                    sums[span] += total
 
     def _look(
         self, calibration: Calibration, parameters: Sequence[Tensor], indices: Sequence[int]
@@ -78,7 +90,13 @@ def _gradients(
         return [None] * len(parameters), ""
     with torch.enable_grad():
         loss = calibration.loss(calibration.batch(indices))
-        gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
+        if not isinstance(loss, Tensor) or loss.numel() != 1:
+            shape = f" of shape {[*loss.shape]}" if isinstance(loss, Tensor) else ""
+            raise JobError(
+                f"loss: gave {type(loss).__name__}{shape}, not the mean over the batch, a tensor of one number"
+            )
+        found = torch.autograd.grad(loss.reshape(()), parameters, allow_unused=True)
+        gradients = [g.to_dense() if g is not None and g.layout != torch.strided else g for g in found]
     loss = loss.detach()
     finite = all(gradient is None or bool(gradient.isfinite().all()) for gradient in gradients)
     return gradients, "" if finite and bool(loss.isfinite()) else f"the loss ({float(loss):.4g}) or its gradient"

