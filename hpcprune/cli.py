@@ -53,6 +53,7 @@ def run(job: Path, overrides: tuple[str, ...], out: str | None, verbose: bool) -
 
         from hpcprune.folder import RunFolder
         from hpcprune.progress import Display
+        from hpcprune.report.verdicts import check_goal
 
         folder, display = RunFolder(loaded.out), Display(world, verbose)
         world.lead(lambda: folder.check(loaded), "looking at the run's folder")
@@ -72,6 +73,7 @@ def run(job: Path, overrides: tuple[str, ...], out: str | None, verbose: bool) -
             from hpcprune.report.table import print_table
 
             print_table(folder.read_report(), display.console)
+        world.lead(lambda: check_goal(folder.read_report()), "asking whether the goal is met")
 
 
 @cli.command()

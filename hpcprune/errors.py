@@ -12,6 +12,7 @@ import json
 __all__ = [
     "GOING_ON",
     "CheckpointError",
+    "GoalError",
     "HpcpruneError",
     "JobError",
     "NumericsError",
@@ -43,6 +44,12 @@ class JobError(HpcpruneError):
 
 class TaskError(HpcpruneError):
     """The user's task file cannot be loaded, or what it gives is not a model and data."""
+
+
+class GoalError(HpcpruneError):
+    """A run has ended, and no network that it made meets the goal of `prune.until`."""
+
+    exit_code = 3
 
 
 class WeightsError(HpcpruneError):

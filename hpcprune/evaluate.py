@@ -17,7 +17,7 @@ from hpcprune.flops import Flops, count_flops
 from hpcprune.task import Task, to_device
 from hpcprune.world import World, part_of_rank
 
-__all__ = ["evaluate", "inference_seconds", "model_flops", "timed_batch"]
+__all__ = ["evaluate", "figures_of", "inference_seconds", "model_flops", "timed_batch"]
 
 TIMED_SAMPLES = 64  # samples in the batch whose inference is timed, where there are as many
 TIMED_RUNS = 25
@@ -44,12 +44,17 @@ def evaluate(task: Task, model: nn.Module, dataset: Dataset[Any], batch_size: in
         loss += float(task.loss(output, batch)) * (stop - start)
         task.update(metrics, output, batch)
     total = world.allreduce(np.array([loss]), "evaluate: loss")
-    figures = {"loss": float(total[0]) / len(dataset)}
+    return {"loss": float(total[0]) / len(dataset)} | figures_of(metrics)
+
+
+def figures_of(metrics: Mapping[str, Metric]) -> dict[str, float]:
+    """What metrics come to; one that gives several figures, as of each class, has their names."""
+    found: dict[str, float] = {}
     for name, metric in metrics.items():
         value = metric.compute()
         several = value if isinstance(value, Mapping) else {name: value}
-        figures |= {each: float(figure) for each, figure in several.items()}
-    return figures
+        found |= {each: float(figure) for each, figure in several.items()}
+    return found
 
 
 def _gather_over(world: World, metric: Metric) -> None:

@@ -6,6 +6,7 @@ runs/mnist/
   status.json         where the run stands, every few seconds (see beat.py)
   checkpoints/        the newest complete steps
   early.h5            the network at the step of the dense training that pruning goes back to, if it does
+  best.h5             the best network so far, where pruning has a goal
   dense.h5 model.h5   the network before and after
   report.html         report.json is written last: a folder that has it holds a complete run
   report.json
@@ -42,6 +43,7 @@ class RunFolder:
         self.status = self.path / "status.json"
         self.checkpoints = self.path / "checkpoints"
         self.early = self.path / "early.h5"
+        self.best = self.path / "best.h5"
         self.dense = self.path / "dense.h5"
         self.model = self.path / "model.h5"
         self.html = self.path / "report.html"

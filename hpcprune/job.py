@@ -22,6 +22,7 @@ from hpcprune.criteria import CRITERIA, Scope
 from hpcprune.errors import show
 from hpcprune.section import PARSED, Count, Fraction, Positive, Section, Text, refuse
 from hpcprune.training import Retraining, Training
+from hpcprune.until import parse
 
 __all__ = ["Job", "Prune", "differences"]
 
@@ -65,6 +66,9 @@ class Prune(Section):
     parameter or of its module."""
     exclude: tuple[Text, ...] = ()
     """Which of the included are left alone: patterns like those of `include`."""
+    until: Text | None = None
+    """A goal: the rounds go on while a metric meets it, and where one misses it, the highest sparsity that does not is
+    searched for; `sparsity` is the most that is tried."""
     rewind: Annotated[int, Field(ge=0), PARSED] | None = None
     """The step of the dense training to whose weights the survivors go back after each pruning; null for none, 0 for
     those before the first step."""
@@ -113,6 +117,20 @@ class Prune(Section):
                 f"{key}: with scope: global the threshold gives each layer its sparsity; write scope: layer (or row), "
                 f"or remove {key}"
             )
+        return self
+
+    @pydantic.model_validator(mode="after")
+    def _until_a_goal(self) -> Prune:
+        if self.until is None:
+            return self
+        if parse(self.until) is None:
+            raise refuse(
+                f"until: {show(self.until)} is no goal; write a metric, >= or <=, and a number or the dense network's "
+                'value: "accuracy >= 0.95", "accuracy >= dense - 0.01", "rmse <= dense * 1.02"'
+            )
+        if self.schedule == "layer-by-layer" or not self.sparsity:
+            other = "schedule: layer-by-layer" if self.sparsity else "sparsity: 0"
+            raise refuse(f"until searches for a sparsity of all layers, and has none to search with {other}")
         return self
 
     @pydantic.model_validator(mode="after")

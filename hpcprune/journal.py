@@ -28,7 +28,8 @@ class Journal:
 
     def stage(self, name: str, ledger: Ledger, sparsity: float, steps: int = 0) -> None:
         """A stage of a round begins, or goes on where the ledger stands."""
-        self._pulse.beat.round, self._pulse.beat.sparsity = ledger.round, sparsity
+        beat = self._pulse.beat
+        beat.round, beat.rounds, beat.sparsity = ledger.round, max(beat.rounds, ledger.round), sparsity
         self._pulse.begin(name, ledger.step if steps else 0, steps)
 
     def step(self, stage: str, ledger: Ledger, step: Step, trainer: Trainer, sent: int, later: int) -> None:

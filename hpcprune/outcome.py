@@ -24,6 +24,7 @@ from hpcprune.prepare import Prepared
 from hpcprune.report.format import Report
 from hpcprune.shards import imbalance
 from hpcprune.sparse import sparsify
+from hpcprune.until import best_round, dense_metrics, parse
 from hpcprune.weights import fit_weights, load_weights
 from hpcprune.world import World
 
@@ -114,6 +115,17 @@ def rank_load(prepared: Prepared, ledger: Ledger, world: World) -> list[dict[str
     return world.allgather(own, "report: loads")
 
 
+def _goal(job: Job, ledger: Ledger) -> dict[str, Any] | None:
+    """What became of the goal, if there was one."""
+    goal = None if job.prune.until is None else parse(job.prune.until)
+    best = None if goal is None else best_round(goal, ledger.evaluations)
+    if goal is None or best is None:
+        return None
+    metrics = ledger.evaluations[-1]["metrics"]
+    bound = goal.bound(dense_metrics(ledger.evaluations))
+    return {"text": job.prune.until, "bound": bound, "value": metrics[goal.metric], "met": best[1]}
+
+
 def build_report(
     job: Job,
     prepared: Prepared,
@@ -181,6 +193,7 @@ def build_report(
         "primary": prepared.task.primary,
         "higher_is_better": prepared.task.higher_is_better,
         "layers": layers,  # type: ignore[typeddict-item]
+        "goal": _goal(job, ledger),
         "evaluations": ledger.evaluations,  # type: ignore[typeddict-item]
         "costs": costs,
         "exchange": {

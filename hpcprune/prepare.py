@@ -5,6 +5,7 @@ Every rank prepares for itself (the model and the data are the same everywhere);
 
 from __future__ import annotations
 
+import difflib
 import socket
 from collections.abc import Sequence, Sized
 from dataclasses import dataclass, replace
@@ -16,6 +17,7 @@ from torch import nn
 from hpcprune.criteria import CRITERIA
 from hpcprune.distribution import sparsities_of_layers
 from hpcprune.errors import JobError, NumericsError, TaskError
+from hpcprune.evaluate import figures_of
 from hpcprune.job import Job
 from hpcprune.launch import check_gpus
 from hpcprune.layers import find_layers
@@ -24,6 +26,7 @@ from hpcprune.shards import Layer, Span, deal
 from hpcprune.statistics import Calibration
 from hpcprune.task import Data, Task, build_data, build_model, call_user, load_task
 from hpcprune.train import Plan, plan_steps
+from hpcprune.until import parse
 from hpcprune.weights import fit_weights, load_weights
 from hpcprune.world import World, threads_of_a_rank
 
@@ -107,7 +110,9 @@ def _prepare(job: Job, world: World, threads: int, device: torch.device, gpus: l
 
 
 def _rehearse(job: Job, task: Task, model: nn.Module, layers: Sequence[Layer], data: Data) -> None:
-    """Do on a sample what would else go wrong after the dense training: watch inputs, and take outputs' distance."""
+    """Do on a sample what would else go wrong after the dense training: watch inputs, take outputs' distance, and look
+    for the goal's metric.
+    """
 
     def run(batch: Any) -> Any:
         return task.predict(model, batch)
@@ -116,10 +121,25 @@ def _rehearse(job: Job, task: Task, model: nn.Module, layers: Sequence[Layer], d
     calibration = Calibration(model, data.train, [0], 1, run, run, (job.seed, "rehearsal"), World.alone())
     if criterion.looks_at == "inputs":
         criterion.statistic().gather(calibration, layers, deal(layers, 1))
-    if job.retrain.distill is not None:
-        with calibration.mode(training=False), torch.no_grad():
-            output = run(calibration.batch([0]))
+    if job.retrain.distill is None and job.prune.until is None:
+        return
+    with calibration.mode(training=False), torch.no_grad():
+        batch = calibration.batch([0])
+        output = run(batch)
+        if job.retrain.distill is not None:
             task.distance(output, output, job.retrain.distill.temperature)
+        if job.prune.until is not None:
+            metrics = task.metrics()
+            task.update(metrics, output, batch)
+            _check_goal(job.prune.until, ["loss", *figures_of(metrics)])
+
+
+def _check_goal(text: str, names: Sequence[str]) -> None:
+    goal = parse(text)
+    if goal is not None and goal.metric not in names:
+        near = difflib.get_close_matches(goal.metric, names, n=1)
+        hint = f"did you mean {near[0]}? " if near else ""
+        raise JobError(f"prune.until: the task has no metric {goal.metric!r}; {hint}(it has: {', '.join(names)})")
 
 
 def _rewound(job: Job, retrain: Plan, dense: Plan | None) -> Plan:

@@ -12,7 +12,7 @@ from hpcprune.criteria import CRITERIA, SCOPES, Criterion, Scope
 from hpcprune.errors import JobError
 from hpcprune.layers import find_layers
 from hpcprune.masks import Masks
-from hpcprune.ranking import Goal, prune_layers
+from hpcprune.ranking import Target, prune_layers
 from hpcprune.shards import Layer, Span, deal
 from hpcprune.statistics import Calibration, Gathered, Gradients
 from hpcprune.world import World
@@ -75,11 +75,11 @@ def prune(
         raise JobError(f"criterion: {criterion!r} is not one of: {', '.join(CRITERIA)}")
     chosen = CRITERIA[criterion]
     samples = _count_samples(chosen, data, loss, batch_size)
-    goal = Goal(chosen, scope or chosen.scope, sparsity, seed)
+    target = Target(chosen, scope or chosen.scope, sparsity, seed)
     world = World.of(comm)
     layers = find_layers(model, include, exclude, embeddings=embeddings)
-    _agree((criterion, goal.scope, samples, batch_size, seed), world)
-    shards = deal(layers, world.size, whole_rows=goal.scope == "row")
+    _agree((criterion, target.scope, samples, batch_size, seed), world)
+    shards = deal(layers, world.size, whole_rows=target.scope == "row")
     gathered = None
     if samples:
         statistic = Gradients(lambda gradient: gradient) if chosen.looks_at == "training" else chosen.statistic()
@@ -94,7 +94,7 @@ def prune(
         gathered = statistic.gather(calibration, layers, shards)
         if chosen.looks_at == "training":
             gathered = _followed(chosen, gathered, layers, model)
-    masks = prune_layers(dict(model.named_parameters()), Masks.full(layers), shards, goal, world, gathered).masks
+    masks = prune_layers(dict(model.named_parameters()), Masks.full(layers), shards, target, world, gathered).masks
     masks.apply(model)
     return masks
 

@@ -27,11 +27,11 @@ from hpcprune.world import World
 if TYPE_CHECKING:
     from hpcprune.statistics import Gathered
 
-__all__ = ["Goal", "Pruned", "prune_layers"]
+__all__ = ["Pruned", "Target", "prune_layers"]
 
 
 @dataclass(frozen=True)
-class Goal:
+class Target:
     """What is to be gone, and of what.
 
     sparsity: of all weights together; with a scope other than "global", of each layer (or of each of its rows).
@@ -60,7 +60,7 @@ def prune_layers(
     parameters: Mapping[str, torch.Tensor],
     masks: Masks,
     shards: Sequence[Sequence[Span]],
-    goal: Goal,
+    target: Target,
     world: World,
     statistic: Gathered | None = None,
 ) -> Pruned:
@@ -72,9 +72,9 @@ def prune_layers(
     clock = [time.perf_counter()]
     fresh = masks.nonzeros == masks.weights
     before = [None if fresh else _slice_bits(masks.bits(layers[span.layer].name), span) for span in own]
-    pieces = [_score(parameters, masks, span, fresh, goal, statistic) for span in own]
+    pieces = [_score(parameters, masks, span, fresh, target, statistic) for span in own]
     clock.append(time.perf_counter())
-    bits, thresholds = (_rows if goal.scope == "row" else _groups)(masks, own, pieces, before, goal, world)
+    bits, thresholds = (_rows if target.scope == "row" else _groups)(masks, own, pieces, before, target, world)
     clock.append(time.perf_counter())
     found = gather_masks(layers, shards, bits, world)
     clock.append(time.perf_counter())
@@ -87,13 +87,13 @@ def _score(
     masks: Masks,
     span: Span,
     fresh: bool,
-    goal: Goal,
+    target: Target,
     statistic: Gathered | None,
 ) -> torch.Tensor:
     layer = masks.layers[span.layer]
     survivors = None if fresh else masks.bits(layer.name)
     gathered = None if statistic is None else statistic(span)
-    return goal.criterion.scores(Piece(layer, span, parameters[layer.name], survivors, gathered, goal.seed))
+    return target.criterion.scores(Piece(layer, span, parameters[layer.name], survivors, gathered, target.seed))
 
 
 _Selected = tuple[list[Bits], dict[str, Threshold]]
@@ -104,11 +104,11 @@ def _rows(
     own: Sequence[Span],
     pieces: Sequence[torch.Tensor],
     before: Sequence[Bits | None],
-    goal: Goal,
+    target: Target,
     world: World,
 ) -> _Selected:
-    layers, sparsities = masks.layers, goal.of_layers(masks.layers)
-    scores = [piece.abs() for piece in pieces] if goal.criterion.absolute else pieces
+    layers, sparsities = masks.layers, target.of_layers(masks.layers)
+    scores = [piece.abs() for piece in pieces] if target.criterion.absolute else pieces
     widths = [layers[span.layer].row for span in own]
     names = [layers[span.layer].name for span in own]
     return select_in_rows(scores, before, widths, [sparsities[span.layer] for span in own], names, world), {}
@@ -119,35 +119,35 @@ def _groups(
     own: Sequence[Span],
     pieces: Sequence[torch.Tensor],
     before: Sequence[Bits | None],
-    goal: Goal,
+    target: Target,
     world: World,
 ) -> _Selected:
     """By a threshold over all layers, or one a layer."""
-    layers, everywhere = masks.layers, goal.scope == "global"
+    layers, everywhere = masks.layers, target.scope == "global"
     left = [p if bits is None else survivors_of(p, bits) for p, bits in zip(pieces, before, strict=True)]
-    groups, counts = _rank_together(masks, own, left, goal)
+    groups, counts = _rank_together(masks, own, left, target)
     names = [[layers[span.layer].name for span in own]] if everywhere else [[layer.name] for layer in layers]
-    selected = select_survivors(groups, counts, world, absolute=goal.criterion.absolute, names=names)
+    selected = select_survivors(groups, counts, world, absolute=target.criterion.absolute, names=names)
     bits = [packed for _, group in selected for packed in group]
     found = [new if old is None else _deposit(new, old) for new, old in zip(bits, before, strict=True)]
     return found, {layer.name: selected[0 if everywhere else number][0] for number, layer in enumerate(layers)}
 
 
 def _rank_together(
-    masks: Masks, own: Sequence[Span], pieces: Sequence[torch.Tensor], goal: Goal
+    masks: Masks, own: Sequence[Span], pieces: Sequence[torch.Tensor], target: Target
 ) -> tuple[list[list[torch.Tensor]], list[int]]:
     """What is ranked together, and how many of each group are to go beyond those that went before."""
     layers = masks.layers
-    if goal.scope == "global":
-        assert isinstance(goal.sparsity, (int, float))
+    if target.scope == "global":
+        assert isinstance(target.sparsity, (int, float))
         gone = masks.weights - masks.nonzeros
-        return [list(pieces)], [max(0, pruned_count(masks.weights, goal.sparsity) - gone)]
+        return [list(pieces)], [max(0, pruned_count(masks.weights, target.sparsity) - gone)]
     groups: list[list[torch.Tensor]] = [[] for _ in layers]
     for span, piece in zip(own, pieces, strict=True):
         groups[span.layer].append(piece)
     counts = [
         max(0, pruned_count(layer.weights, sparsity) - (layer.weights - masks.survivors[layer.name]))
-        for layer, sparsity in zip(layers, goal.of_layers(layers), strict=True)
+        for layer, sparsity in zip(layers, target.of_layers(layers), strict=True)
     ]
     return groups, counts
 

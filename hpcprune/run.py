@@ -13,12 +13,12 @@ from pathlib import Path
 
 import torch
 
+from hpcprune.checkpoint import read_model
 from hpcprune.errors import CheckpointError, NumericsError
 from hpcprune.evaluate import evaluate
 from hpcprune.exchange.choose import open_exchange
 from hpcprune.exchange.wire import travelling_dtypes
 from hpcprune.folder import RunFolder
-from hpcprune.goal import followed, gather_statistic, goal_of_round
 from hpcprune.job import Job
 from hpcprune.journal import Journal
 from hpcprune.launch import check_code, check_folder, late_checkpoint
@@ -33,12 +33,16 @@ from hpcprune.ranking import prune_layers
 from hpcprune.report.page import write_html
 from hpcprune.report.write import write_json
 from hpcprune.resuming import resume
+from hpcprune.rounds import followed, gather_statistic, next_share, target_of_round
 from hpcprune.saving import Saver
+from hpcprune.schedule import name_of_round
 from hpcprune.slurm import seconds_left
+from hpcprune.snapshot import restore_masks
 from hpcprune.stage import Carried, begin_stage
 from hpcprune.stop import StopFlag
 from hpcprune.train import Trainer, average_batch_norm
-from hpcprune.weights import fit_weights, load_weights
+from hpcprune.until import Goal, best_round, dense_metrics, parse, tried
+from hpcprune.weights import fit_weights, load_weights, weights_of
 from hpcprune.world import World
 
 __all__ = ["Run", "StoppedError"]
@@ -69,6 +73,7 @@ class Run:
         self.saver = Saver(job, self.prepared, folder, world)
         self.journal = Journal(folder, world, job.prune.rounds)
         self._carried = Carried({}, {}, None)
+        self.goal = None if job.prune.until is None else parse(job.prune.until)
 
     def go(self) -> None:
         """Do all that is left of the run.
@@ -111,9 +116,13 @@ class Run:
     def _do_rounds(self) -> None:
         if not (self.ledger.round > 0 or self.ledger.complete):
             self._dense_round()
-        first = self.ledger.round + 1 if self.ledger.complete else max(self.ledger.round, 1)
-        for number in range(first, self.job.prune.rounds + 1):
-            self._round(number)
+        if not self.ledger.complete:
+            self._retrain()
+        while (share := next_share(self.job.prune, self.ledger)) is not None:
+            self._go_back()
+            self._prune(share)
+            self._retrain()
+        self._take_best()
 
     def _dense_round(self) -> None:
         """Train the dense network, where it is not loaded; evaluate it, and measure what it costs."""
@@ -129,28 +138,40 @@ class Run:
         }
         self._complete_round()
 
-    def _round(self, number: int) -> None:
-        """Prune to the round's sparsity and retrain."""
-        if self.ledger.round != number:
-            self.ledger.round, self.ledger.step, self.ledger.complete, self.ledger.packed = number, 0, False, None
-            self.ledger.sparse = None
-            self._prune()
-            self._evaluate("pruned")
+    def _retrain(self) -> None:
+        """Do what is left of a round after its pruning."""
         self._train("retrain")
         self._evaluate("retrained")
+        if self.goal is not None:
+            self._look_at_goal(self.goal)
         self._complete_round()
 
-    def _prune(self) -> None:
+    def _look_at_goal(self, goal: Goal) -> None:
+        """Say whether the round meets the goal, and keep its network if it is the best so far."""
+        evaluations = self.ledger.evaluations
+        value, bound = evaluations[-1]["metrics"][goal.metric], goal.bound(dense_metrics(evaluations))
+        met = "met" if tried(goal, evaluations)[-1].met else "missed"
+        self.display.say(
+            f"{self._name}: the goal is {met}: {goal.metric} {value:.4f}, {'at least' if goal.at_least else 'at most'} "
+            f"{bound:.4f} is wanted"
+        )
+        if self._best() == self.ledger.round:
+            self.saver.write_result(self.folder.best, self.masks, self.ledger)
+
+    def _prune(self, share: float) -> None:
+        """Begin a round: prune to its share of the sparsity."""
         prune, ledger = self.job.prune, self.ledger
+        ledger.round, ledger.step, ledger.complete = ledger.round + 1, 0, False
+        ledger.packed = ledger.sparse = None
         self.journal.stage("prune", ledger, self.masks.sparsity)
         statistic = followed(self.prepared.layers, self._carried)
         if prune.calibrate is not None:
-            title = f"round {ledger.round}/{prune.rounds}: calibrate"
+            title = f"{self._name}: calibrate"
             with ledger.timed("calibrate"):
                 statistic = gather_statistic(self.job, self.prepared, self.world, ledger.round, title, self.display)
-        goal = goal_of_round(self.job, self.prepared.layers, ledger.round)
+        target = target_of_round(self.job, self.prepared.layers, ledger.round, share)
         parameters = dict(self.model.named_parameters())
-        found = prune_layers(parameters, self.masks, self.prepared.shards, goal, self.world, statistic)
+        found = prune_layers(parameters, self.masks, self.prepared.shards, target, self.world, statistic)
         if prune.rewind is not None:
             self._rewind()
         found.masks.apply(self.model)
@@ -162,11 +183,44 @@ class Run:
         for stage, seconds in found.seconds.items():
             ledger.add_seconds(stage, seconds)
         self.display.say(
-            f"round {ledger.round}/{prune.rounds}: pruned to {self.masks.sparsity:.2%}, {self.masks.nonzeros:,} of "
+            f"{self._name}: pruned to {self.masks.sparsity:.2%}, {self.masks.nonzeros:,} of "
             f"{self.masks.weights:,} weights survive"
         )
         weights = sum(span.weights for span in self.prepared.shards[self.world.rank])
         self.display.say(f"scored {weights:,} weights in {sum(found.seconds.values()):.3f} s", every_rank=True)
+        self._evaluate("pruned")
+
+    def _best(self) -> int | None:
+        """The round whose network is the best for the goal so far."""
+        assert self.goal is not None
+        best = best_round(self.goal, self.ledger.evaluations)
+        return None if best is None else best[0]
+
+    def _go_back(self) -> None:
+        """Take the sparsest network that meets the goal, where the last round's misses it; else the dense one."""
+        if self.goal is None or not (over := tried(self.goal, self.ledger.evaluations)) or over[-1].met:
+            return
+        self._take(self.folder.best if any(each.met for each in over) else None)
+
+    def _take_best(self) -> None:
+        """Take the result, where it is not the last round's."""
+        if self.goal is not None and self._best() != self.ledger.round:
+            self._take(self.folder.best)
+            self._evaluate("best")
+
+    def _take(self, best: Path | None) -> None:
+        """Go on with the network of a file under its masks; with the dense one for None."""
+        if best is None:
+            path, masks = self._dense_file, Masks.full(self.prepared.layers)
+            weights = self.world.together(lambda: load_weights(path), f"going back to {path.name}")
+        else:
+            path, state = best, self.world.together(lambda: read_model(best), f"going back to {best.name}")
+            weights, masks = weights_of(state), restore_masks(state, self.masks)
+            known = {name: layer.attributes.get("threshold") for name, layer in state.layers.items()}
+            self.ledger.thresholds = {name: float(each) for name, each in known.items() if each is not None}
+        fit_weights(self.model, weights, path)
+        masks.agree(self.world)
+        self.masks, self._carried = masks, Carried({}, {}, None)
 
     def _rewind(self) -> None:
         """Set the model to what it was early in the dense training; the momentum of other weights is no use to it.
@@ -190,14 +244,14 @@ class Run:
         plan, due = trainer.plan, False
         self.journal.stage(stage, ledger, self.masks.sparsity, plan.steps)
         job, begun = self.job, ledger.step
-        later = (job.prune.rounds - ledger.round) * self.prepared.retrain.steps
+        later = max(0, job.prune.rounds - ledger.round) * self.prepared.retrain.steps
         if (
             ledger.packed,
             ledger.sparse,
         ) != decided:  # kept before it has any effect: a run that goes on must not choose anew
             self.saver.begin(self.masks, ledger, self._state_of(trainer))
             self.saver.finish(ledger)
-        title = f"round {ledger.round}/{self.job.prune.rounds}: {stage}" if ledger.round else stage
+        title = f"{self._name}: {stage}" if ledger.round else stage
         with self.display.stage(title, plan.steps, ledger.step) as progress:
             self._keep_early(stage)
             while ledger.step < plan.steps:
@@ -257,7 +311,7 @@ class Run:
         self.journal.evaluation(self.ledger, when, self.masks.sparsity, metrics, seconds)
         shown = {"loss", *task.metrics()}  # and not those of each class
         figures = "  ".join(f"{name} {value:.4f}" for name, value in metrics.items() if name in shown)
-        self.display.say(f"round {self.ledger.round}/{self.job.prune.rounds}: {when}: {figures}")
+        self.display.say(f"{self._name}: {when}: {figures}")
 
     def _complete_round(self) -> None:
         self.ledger.complete = True
@@ -267,7 +321,7 @@ class Run:
         self.saver.finish(self.ledger)
         stop = self.world.allgather(bool(self.stop), "agreeing whether to stop")
         if any(stop):
-            self._stopped(f"round {self.ledger.round} of {self.job.prune.rounds} complete")
+            self._stopped(f"{self._name} complete")
 
     def _stopped(self, where: str) -> None:
         self.saver.finish(self.ledger)
@@ -303,6 +357,10 @@ class Run:
             write_json(found, self.folder.report)
 
         self.world.lead(report, "writing the report")
+
+    @property
+    def _name(self) -> str:
+        return name_of_round(self.job.prune, self.ledger.round)
 
     @property
     def _dense_file(self) -> Path:

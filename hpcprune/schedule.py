@@ -12,7 +12,14 @@ if TYPE_CHECKING:
     from hpcprune.job import Prune
     from hpcprune.training import LrSchedule
 
-__all__ = ["layers_of_round", "learning_rate_factor", "pruned_count", "share_of_round", "sparsity_of_round"]
+__all__ = [
+    "layers_of_round",
+    "learning_rate_factor",
+    "name_of_round",
+    "pruned_count",
+    "share_of_round",
+    "sparsity_of_round",
+]
 
 
 def sparsity_of_round(prune: Prune, number: int) -> float:
@@ -35,6 +42,11 @@ def share_of_round(prune: Prune, number: int) -> float:
     if prune.schedule == "cubic":
         return 1 - (1 - done) ** 3
     return done
+
+
+def name_of_round(prune: Prune, number: int) -> str:
+    """What a round is called: with a goal nobody knows how many there will be."""
+    return f"round {number}" if prune.until is not None else f"round {number}/{prune.rounds}"
 
 
 def layers_of_round(layers: int, rounds: int, number: int) -> int:

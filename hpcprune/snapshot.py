@@ -70,8 +70,8 @@ def load_buffers(model: nn.Module, buffers: Mapping[str, Tensor]) -> None:
             buffer.copy_(buffers[name])
 
 
-def restore_masks(step: StepState, masks: Masks) -> Masks:
-    """The masks of a step, for the layers of `masks`."""
+def restore_masks(step: StepState | State, masks: Masks) -> Masks:
+    """The masks of a step, or of a model, for the layers of `masks`."""
     bits = []
     for layer in masks.layers:
         stored = step.layers[layer.name].mask

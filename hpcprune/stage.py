@@ -25,6 +25,7 @@ from hpcprune.ledger import Ledger
 from hpcprune.masks import Masks
 from hpcprune.prepare import Prepared
 from hpcprune.progress import Display
+from hpcprune.schedule import name_of_round
 from hpcprune.survivors import Survivors
 from hpcprune.teacher import Teacher
 from hpcprune.train import Trainer
@@ -105,10 +106,10 @@ def begin_stage(
             chosen = packing_pays(pruned, begin, prepared.model, world)
         if chosen is not None and chosen[0] != ledger.packed:
             ledger.packed, why = chosen
-            display.say(f"round {ledger.round}/{job.prune.rounds}: {why}")
+            display.say(f"{name_of_round(job.prune, ledger.round)}: {why}")
         if job.retrain.sparse == "auto" and ledger.packed and ledger.sparse is None:
             ledger.sparse, why = sparse_layers(pruned, begin, prepared.model, ledger, world)
-            display.say(f"round {ledger.round}/{job.prune.rounds}: {why}")
+            display.say(f"{name_of_round(job.prune, ledger.round)}: {why}")
     trainer = begin(ledger.packed is not False)
     if carried.optimizer:
         trainer.load_optimizer_state(carried.optimizer, carried.masks)

@@ -240,15 +240,15 @@ def test_what_was_pruned_before_stays_and_counts() -> None:
     from hpcprune.criteria import CRITERIA
     from hpcprune.layers import find_layers
     from hpcprune.masks import Masks
-    from hpcprune.ranking import Goal, prune_layers
+    from hpcprune.ranking import Target, prune_layers
     from hpcprune.shards import deal
 
     model = network()
     layers = find_layers(model)
     masks, parameters = Masks.full(layers), dict(model.named_parameters())
     for sparsity in (0.3, 0.3, 0.55, 0.9):
-        goal = Goal(CRITERIA["magnitude"], "row", sparsity)
-        found = prune_layers(parameters, masks, deal(layers, 1, whole_rows=True), goal, World.alone()).masks
+        target = Target(CRITERIA["magnitude"], "row", sparsity)
+        found = prune_layers(parameters, masks, deal(layers, 1, whole_rows=True), target, World.alone()).masks
         for name, mask in found.items():
             assert not torch.any(mask & ~masks[name])
             width = mask[0].numel()

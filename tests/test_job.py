@@ -404,6 +404,13 @@ def test_an_override_cannot_reach_into_what_is_no_section(write: Write) -> None:
             "retrain.lr_schedule.name: weights is net.pt, so there",
         ),
         (["retrain.lr_schedule={name: rewind, warmup: 5}"], "warmup and rewind are both given"),
+        (["prune.until=accuracy > 0.9"], 'until: "accuracy > 0.9" is no goal; write a metric, >= or <=, and a number'),
+        (["prune.until=loss <= 1", "prune.sparsity=0"], "until searches for a sparsity of all layers"),
+        (
+            ["prune.until=loss <= 1", "prune.scope=layer", "prune.schedule=layer-by-layer", "prune.rounds=2"],
+            "and has none to search with schedule: layer-by-layer",
+        ),
+        (["prune.until=loss <= 1", "prune.criterion=movement"], "movement is not kept of the networks that until goes"),
         (["prune.schedule=layer-by-layer"], "schedule: layer-by-layer ranks no layers together; write scope: layer"),
         (["prune.scope=layer", "prune.schedule=layer-by-layer"], "rounds: 1 would prune all layers at once"),
         (

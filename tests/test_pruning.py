@@ -64,7 +64,7 @@ def test_pruning_again_goes_further_and_brings_nothing_back() -> None:
     from hpcprune.criteria import CRITERIA
     from hpcprune.layers import find_layers
     from hpcprune.masks import Masks
-    from hpcprune.ranking import Goal, prune_layers
+    from hpcprune.ranking import Target, prune_layers
     from hpcprune.shards import deal
 
     model = network()
@@ -74,8 +74,8 @@ def test_pruning_again_goes_further_and_brings_nothing_back() -> None:
     masks = Masks.full(layers)
     for scope in ("global", "layer"):
         for sparsity in (0.3, 0.3, 0.7, 0.95):
-            goal = Goal(CRITERIA["magnitude"], scope, sparsity)
-            found = prune_layers(parameters, masks, shards, goal, World.alone()).masks
+            target = Target(CRITERIA["magnitude"], scope, sparsity)
+            found = prune_layers(parameters, masks, shards, target, World.alone()).masks
             for name in found:
                 assert not torch.any(found[name] & ~masks[name])
             masks = found

@@ -9,9 +9,9 @@ from torch.nn import functional as F
 
 import hpcprune
 from hpcprune.criteria import CRITERIA
-from hpcprune.goal import followed
 from hpcprune.layers import find_layers
 from hpcprune.masks import Masks
+from hpcprune.rounds import followed
 from hpcprune.shards import Span
 from hpcprune.stage import Carried
 from hpcprune.world import World

@@ -46,6 +46,8 @@ class Movement(Criterion):
     def refusal(self, job: Job) -> str:
         if job.retrain.top_k is not None:
             return "movement needs the whole gradient, of which top_k sends a part; remove top_k"
+        if job.prune.until is not None:
+            return "movement is not kept of the networks that until goes back to; choose another criterion"
         if job.weights == "train" and job.train is not None and (job.train.epochs or job.train.steps):
             return ""
         return (

@@ -23,7 +23,7 @@ class LayerReport(TypedDict):
 
 
 class Evaluation(TypedDict):
-    when: Literal["dense", "pruned", "retrained"]
+    when: Literal["dense", "pruned", "retrained", "best"]
     round: int
     sparsity: float
     step: int
@@ -115,6 +115,7 @@ class Report(TypedDict):
     higher_is_better: bool
     layers: list[LayerReport]
     evaluations: list[Evaluation]
+    goal: dict[str, Any] | None  # of prune.until: text, bound, value, met
     costs: dict[str, Costs]  # dense, pruned
     exchange: Exchange
     stages: list[Stage]

@@ -38,7 +38,7 @@ def over_sparsity(report: Report) -> str:
     found = [
         (e["sparsity"], value)
         for e in report["evaluations"]
-        if (value := _metric(e, name)) is not None and e["when"] != "pruned"
+        if (value := _metric(e, name)) is not None and e["when"] not in ("pruned", "best")
     ]
     if not found:
         return ""

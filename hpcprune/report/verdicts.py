@@ -10,6 +10,7 @@ import math
 from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
+from hpcprune.errors import GoalError
 from hpcprune.report.format import Report
 from hpcprune.report.units import (
     DASH,
@@ -26,7 +27,7 @@ from hpcprune.report.units import (
     plain,
 )
 
-__all__ = ["Finding", "Row", "findings", "first_and_last", "headline", "metric_names", "ratios", "rows"]
+__all__ = ["Finding", "Row", "check_goal", "findings", "first_and_last", "headline", "metric_names", "ratios", "rows"]
 
 # Two timings closer than this cannot be told apart on a machine that does anything else; sizes are exact.
 TIME_NOISE = 0.10
@@ -216,3 +217,14 @@ def metric_names(report: Report) -> list[str]:
 def _weights(report: Report) -> tuple[int, int]:
     """Prunable weights, and survivors."""
     return sum(layer["weights"] for layer in report["layers"]), sum(layer["nonzeros"] for layer in report["layers"])
+
+
+def check_goal(report: Report) -> None:
+    """Raise GoalError where a run had a goal and no network of it meets that."""
+    goal = report.get("goal")
+    if goal is not None and not goal["met"]:
+        raise GoalError(
+            f"prune.until: {goal['text']} was never met; the nearest is {goal['value']:.6g} at "
+            f"{report['evaluations'][-1]['sparsity']:.2%}, and the result is that network. Retrain for longer, "
+            "prune in more rounds, so that the first goes less far, or ask for less"
+        )

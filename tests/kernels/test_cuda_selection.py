@@ -13,7 +13,7 @@ import hpcprune
 from hpcprune.criteria import CRITERIA
 from hpcprune.errors import NumericsError
 from hpcprune.native import cuda_threshold, threshold
-from hpcprune.ranking import Goal, prune_layers
+from hpcprune.ranking import Target, prune_layers
 from hpcprune.shards import deal
 from hpcprune.threshold import Limits, kth_smallest, select_survivors
 from hpcprune.world import World
@@ -104,7 +104,7 @@ def test_a_model_is_pruned_in_rounds_as_on_the_host(
             monkeypatch.setattr(cuda_threshold, "integers_there", lambda scores: None)
         masks = hpcprune.prune(model, sparsity=0.5)
         shards = deal(masks.layers, 1)
-        given = masks, shards, Goal(CRITERIA["magnitude"], "global", 0.8), World.alone()
+        given = masks, shards, Target(CRITERIA["magnitude"], "global", 0.8), World.alone()
         found.append([masks, prune_layers(dict(model.named_parameters()), *given).masks])
         assert bool(counted) == there
         counted.clear()

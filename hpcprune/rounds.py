@@ -10,32 +10,47 @@ from torch import Tensor
 
 from hpcprune.criteria import CRITERIA
 from hpcprune.distribution import sparsities_of_layers
-from hpcprune.job import Job
+from hpcprune.job import Job, Prune
+from hpcprune.ledger import Ledger
 from hpcprune.optimizer import FOLLOWED, followed_only
 from hpcprune.packing import dense_of
 from hpcprune.prepare import Prepared
 from hpcprune.progress import Display
-from hpcprune.ranking import Goal
+from hpcprune.ranking import Target
 from hpcprune.schedule import layers_of_round, share_of_round, sparsity_of_round
 from hpcprune.seeds import derive
 from hpcprune.shards import Layer, Span
 from hpcprune.stage import Carried
 from hpcprune.statistics import Calibration, Gathered
+from hpcprune.until import dense_metrics, parse, sparsity_to_try, tried
 from hpcprune.world import World
 
-__all__ = ["followed", "gather_statistic", "goal_of_round"]
+__all__ = ["followed", "gather_statistic", "next_share", "target_of_round"]
 
 
-def goal_of_round(job: Job, layers: Sequence[Layer], number: int) -> Goal:
-    """What is to be gone after the pruning of a round."""
+def next_share(prune: Prune, ledger: Ledger) -> float | None:
+    """The share of all sparsities that the next round is to come to; None where the last is over."""
+    number = ledger.round + 1
+    if prune.until is None:
+        return share_of_round(prune, number) if number <= prune.rounds else None
+    goal = parse(prune.until)
+    assert goal is not None
+    scheduled = [sparsity_of_round(prune, each) for each in range(1, prune.rounds + 1)]
+    dense_met = goal.met(*[dense_metrics(ledger.evaluations)] * 2)
+    sparsity = sparsity_to_try(scheduled, tried(goal, ledger.evaluations), dense_met)
+    return None if sparsity is None else sparsity / prune.sparsity
+
+
+def target_of_round(job: Job, layers: Sequence[Layer], number: int, share: float) -> Target:
+    """What is to be gone after the pruning of a round, which comes to a share of all sparsities."""
     prune, criterion = job.prune, CRITERIA[job.prune.criterion]
     if prune.scope == "global":
-        return Goal(criterion, prune.scope, sparsity_of_round(prune, number), job.seed)
-    shares = sparsities_of_layers(prune, layers, share_of_round(prune, number))
+        return Target(criterion, prune.scope, prune.sparsity * share, job.seed)
+    shares = sparsities_of_layers(prune, layers, share)
     if prune.schedule == "layer-by-layer":
         first = layers_of_round(len(layers), prune.rounds, number)
         shares = [0.0] * first + shares[first:]
-    return Goal(criterion, prune.scope, shares, job.seed)
+    return Target(criterion, prune.scope, shares, job.seed)
 
 
 def followed(layers: Sequence[Layer], carried: Carried) -> Gathered | None:
