@@ -12,12 +12,13 @@ from hpcprune.criteria import CRITERIA
 from hpcprune.distribution import sparsities_of_layers
 from hpcprune.job import Job, Prune
 from hpcprune.ledger import Ledger
+from hpcprune.masks import Masks
 from hpcprune.optimizer import FOLLOWED, followed_only
 from hpcprune.packing import dense_of
 from hpcprune.prepare import Prepared
 from hpcprune.progress import Display
-from hpcprune.ranking import Target
-from hpcprune.schedule import layers_of_round, share_of_round, sparsity_of_round
+from hpcprune.ranking import Pruned, Target, prune_layers
+from hpcprune.schedule import layers_of_round, name_of_round, share_of_round, sparsity_of_round
 from hpcprune.seeds import derive
 from hpcprune.shards import Layer, Span
 from hpcprune.stage import Carried
@@ -25,7 +26,26 @@ from hpcprune.statistics import Calibration, Gathered
 from hpcprune.until import dense_metrics, parse, sparsity_to_try, tried
 from hpcprune.world import World
 
-__all__ = ["followed", "gather_statistic", "next_share", "target_of_round"]
+__all__ = ["followed", "next_share", "prune_round"]
+
+
+def prune_round(
+    job: Job,
+    prepared: Prepared,
+    masks: Masks,
+    ledger: Ledger,
+    share: float,
+    carried: Carried,
+    world: World,
+    display: Display,
+) -> Pruned:
+    """Find the masks of the ledger's round, which comes to a share of all sparsities. Collective; no weight changes."""
+    statistic = followed(prepared.layers, carried)
+    if job.prune.calibrate is not None:
+        with ledger.timed("calibrate"):
+            statistic = gather_statistic(job, prepared, world, ledger.round, display)
+    target = target_of_round(job, prepared.layers, ledger.round, share)
+    return prune_layers(dict(prepared.model.named_parameters()), masks, prepared.shards, target, world, statistic)
 
 
 def next_share(prune: Prune, ledger: Ledger) -> float | None:
@@ -68,7 +88,7 @@ def followed(layers: Sequence[Layer], carried: Carried) -> Gathered | None:
     return of_span if totals else None
 
 
-def gather_statistic(job: Job, prepared: Prepared, world: World, number: int, title: str, display: Display) -> Gathered:
+def gather_statistic(job: Job, prepared: Prepared, world: World, number: int, display: Display) -> Gathered:
     """What the criterion must know of the data before a round's pruning. Collective."""
     criterion, calibrate = CRITERIA[job.prune.criterion], job.prune.calibrate
     assert calibrate is not None
@@ -86,6 +106,6 @@ def gather_statistic(job: Job, prepared: Prepared, world: World, number: int, ti
         (job.seed, "prune", number),
         world,
     )
-    with display.stage(title, calibration.turns) as progress:
+    with display.stage(f"{name_of_round(job.prune, number)}: calibrate", calibration.turns) as progress:
         watched = replace(calibration, advance=lambda: progress.advance(""))
         return criterion.statistic().gather(watched, prepared.layers, prepared.shards)

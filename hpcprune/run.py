@@ -13,7 +13,6 @@ from pathlib import Path
 
 import torch
 
-from hpcprune.checkpoint import read_model
 from hpcprune.errors import CheckpointError, NumericsError
 from hpcprune.evaluate import evaluate
 from hpcprune.exchange.choose import open_exchange
@@ -29,20 +28,19 @@ from hpcprune.optimizer import followed_only
 from hpcprune.outcome import build_report, measure_costs, measure_inference, rank_load, weight_histogram
 from hpcprune.prepare import prepare
 from hpcprune.progress import Display
-from hpcprune.ranking import prune_layers
 from hpcprune.report.page import write_html
 from hpcprune.report.write import write_json
 from hpcprune.resuming import resume
-from hpcprune.rounds import followed, gather_statistic, next_share, target_of_round
+from hpcprune.rounds import next_share, prune_round
 from hpcprune.saving import Saver
 from hpcprune.schedule import name_of_round
 from hpcprune.slurm import seconds_left
-from hpcprune.snapshot import restore_masks
+from hpcprune.snapshot import take_result
 from hpcprune.stage import Carried, begin_stage
 from hpcprune.stop import StopFlag
 from hpcprune.train import Trainer, average_batch_norm
-from hpcprune.until import Goal, best_round, dense_metrics, parse, tried
-from hpcprune.weights import fit_weights, load_weights, weights_of
+from hpcprune.until import Goal, best_round, parse, told, tried
+from hpcprune.weights import fit_weights, load_weights
 from hpcprune.world import World
 
 __all__ = ["Run", "StoppedError"]
@@ -148,13 +146,7 @@ class Run:
 
     def _look_at_goal(self, goal: Goal) -> None:
         """Say whether the round meets the goal, and keep its network if it is the best so far."""
-        evaluations = self.ledger.evaluations
-        value, bound = evaluations[-1]["metrics"][goal.metric], goal.bound(dense_metrics(evaluations))
-        met = "met" if tried(goal, evaluations)[-1].met else "missed"
-        self.display.say(
-            f"{self._name}: the goal is {met}: {goal.metric} {value:.4f}, {'at least' if goal.at_least else 'at most'} "
-            f"{bound:.4f} is wanted"
-        )
+        self.display.say(f"{self._name}: {told(goal, self.ledger.evaluations)}")
         if self._best() == self.ledger.round:
             self.saver.write_result(self.folder.best, self.masks, self.ledger)
 
@@ -164,14 +156,7 @@ class Run:
         ledger.round, ledger.step, ledger.complete = ledger.round + 1, 0, False
         ledger.packed = ledger.sparse = None
         self.journal.stage("prune", ledger, self.masks.sparsity)
-        statistic = followed(self.prepared.layers, self._carried)
-        if prune.calibrate is not None:
-            title = f"{self._name}: calibrate"
-            with ledger.timed("calibrate"):
-                statistic = gather_statistic(self.job, self.prepared, self.world, ledger.round, title, self.display)
-        target = target_of_round(self.job, self.prepared.layers, ledger.round, share)
-        parameters = dict(self.model.named_parameters())
-        found = prune_layers(parameters, self.masks, self.prepared.shards, target, self.world, statistic)
+        found = prune_round(self.job, self.prepared, self.masks, ledger, share, self._carried, self.world, self.display)
         if prune.rewind is not None:
             self._rewind()
         found.masks.apply(self.model)
@@ -210,17 +195,16 @@ class Run:
 
     def _take(self, best: Path | None) -> None:
         """Go on with the network of a file under its masks; with the dense one for None."""
+        what = f"going back to {(best or self._dense_file).name}"
         if best is None:
-            path, masks = self._dense_file, Masks.full(self.prepared.layers)
-            weights = self.world.together(lambda: load_weights(path), f"going back to {path.name}")
+            self.masks = Masks.full(self.prepared.layers)
+            self.world.together(lambda: fit_weights(self.model, load_weights(self._dense_file), self._dense_file), what)
         else:
-            path, state = best, self.world.together(lambda: read_model(best), f"going back to {best.name}")
-            weights, masks = weights_of(state), restore_masks(state, self.masks)
-            known = {name: layer.attributes.get("threshold") for name, layer in state.layers.items()}
-            self.ledger.thresholds = {name: float(each) for name, each in known.items() if each is not None}
-        fit_weights(self.model, weights, path)
-        masks.agree(self.world)
-        self.masks, self._carried = masks, Carried({}, {}, None)
+            self.masks, self.ledger.thresholds = self.world.together(
+                lambda: take_result(best, self.model, self.masks), what
+            )
+        self.masks.agree(self.world)
+        self._carried = Carried({}, {}, None)
 
     def _rewind(self) -> None:
         """Set the model to what it was early in the dense training; the momentum of other weights is no use to it.

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from hpcprune.checkpoint import LayerState, State, StepState, TensorState
+from hpcprune.checkpoint import LayerState, State, StepState, TensorState, read_model
 from hpcprune.masks import Masks
 from hpcprune.tensors import dtype_name, to_array, to_tensor
+from hpcprune.weights import fit_weights, weights_of
 
-__all__ = ["load_buffers", "own_buffers", "restore_masks", "restore_model", "snapshot"]
+__all__ = ["load_buffers", "own_buffers", "restore_masks", "restore_model", "snapshot", "take_result"]
 
 
 def snapshot(
@@ -77,6 +79,14 @@ def restore_masks(step: StepState | State, masks: Masks) -> Masks:
         stored = step.layers[layer.name].mask
         bits.append(masks.full([layer]).bits(layer.name) if stored is None else np.ascontiguousarray(stored))
     return Masks(masks.layers, bits)
+
+
+def take_result(path: Path, model: nn.Module, masks: Masks) -> tuple[Masks, dict[str, float]]:
+    """Set the model to that of a result's file; its masks, for the layers of `masks`, and its thresholds by layer."""
+    state = read_model(path)
+    fit_weights(model, weights_of(state), path)
+    known = {name: layer.attributes.get("threshold") for name, layer in state.layers.items()}
+    return restore_masks(state, masks), {name: float(each) for name, each in known.items() if each is not None}
 
 
 @torch.no_grad()

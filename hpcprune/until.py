@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-__all__ = ["Goal", "Tried", "best_round", "dense_metrics", "parse", "sparsity_to_try", "tried"]
+__all__ = ["Goal", "Tried", "best_round", "dense_metrics", "parse", "sparsity_to_try", "told", "tried"]
 
 CLOSE = 1.1  # sizes whose ratio is below this are not told apart
 
@@ -79,6 +79,13 @@ def tried(goal: Goal, evaluations: Sequence[Mapping[str, Any]]) -> list[Tried]:
     """The rounds that are over, by a run's evaluations."""
     dense = dense_metrics(evaluations)
     return [Tried(each["sparsity"], goal.met(each["metrics"], dense)) for each in _rounds(evaluations)]
+
+
+def told(goal: Goal, evaluations: Sequence[Mapping[str, Any]]) -> str:
+    """Whether the round that is over meets the goal, in words."""
+    value, bound = evaluations[-1]["metrics"][goal.metric], goal.bound(dense_metrics(evaluations))
+    met, side = "met" if tried(goal, evaluations)[-1].met else "missed", "least" if goal.at_least else "most"
+    return f"the goal is {met}: {goal.metric} {value:.4f}, at {side} {bound:.4f} is wanted"
 
 
 def best_round(goal: Goal, evaluations: Sequence[Mapping[str, Any]]) -> tuple[int, bool] | None:
