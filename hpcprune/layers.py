@@ -76,11 +76,7 @@ def find_layers(
 
 def matching(pattern: str, names: Sequence[str]) -> list[str]:
     """Those of some parameters that a shell pattern names, themselves or the module that holds them."""
-    return [name for name in names if _matches(pattern, name, name.rpartition(".")[0])]
-
-
-def _matches(pattern: str, name: str, owner: str) -> bool:
-    return fnmatchcase(name, pattern) or fnmatchcase(owner, pattern)
+    return [name for name in names if fnmatchcase(name, pattern) or fnmatchcase(name.rpartition(".")[0], pattern)]
 
 
 def _weights(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:

@@ -72,7 +72,7 @@ def prune_layers(
     clock = [time.perf_counter()]
     fresh = masks.nonzeros == masks.weights
     before = [None if fresh else _slice_bits(masks.bits(layers[span.layer].name), span) for span in own]
-    pieces = [_score(parameters, masks, span, fresh, target, statistic) for span in own]
+    pieces = [_score(parameters, layers[span.layer], span, target, statistic) for span in own]
     clock.append(time.perf_counter())
     bits, thresholds = (_rows if target.scope == "row" else _groups)(masks, own, pieces, before, target, world)
     clock.append(time.perf_counter())
@@ -84,16 +84,13 @@ def prune_layers(
 
 def _score(
     parameters: Mapping[str, torch.Tensor],
-    masks: Masks,
+    layer: Layer,
     span: Span,
-    fresh: bool,
     target: Target,
     statistic: Gathered | None,
 ) -> torch.Tensor:
-    layer = masks.layers[span.layer]
-    survivors = None if fresh else masks.bits(layer.name)
     gathered = None if statistic is None else statistic(span)
-    return target.criterion.scores(Piece(layer, span, parameters[layer.name], survivors, gathered, target.seed))
+    return target.criterion.scores(Piece(layer, span, parameters[layer.name], gathered, target.seed))
 
 
 _Selected = tuple[list[Bits], dict[str, Threshold]]

@@ -11,8 +11,6 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 if TYPE_CHECKING:
-    import numpy as np
-    import numpy.typing as npt
     from torch import Tensor, nn
 
     from hpcprune.job import Job
@@ -29,14 +27,13 @@ SCOPES: tuple[Scope, ...] = ("global", "layer", "row")
 class Piece:
     """A rank's part of a layer, as a criterion sees it.
 
-    parameter: the layer's weights, all of them. survivors: the packed mask of what survived so far; None for all.
-    statistic: float64, a number for each weight of the span, where the criterion asked for one. seed: the job's.
+    parameter: the layer's weights, all of them; those that were pruned before are 0. statistic: float64, a number for
+    each weight of the span, where the criterion asked for one. seed: the job's.
     """
 
     layer: Layer
     span: Span
     parameter: Tensor
-    survivors: npt.NDArray[np.uint8] | None
     statistic: Tensor | None
     seed: int
 

@@ -57,11 +57,10 @@ class InputEnergy:
         layers: Sequence[Layer],
         shards: Sequence[Sequence[Span]],
     ) -> Gathered:
-        world = calibration.world
-        seen = world.allgather([energy is not None for energy in energies], "calibrating: which layers were called")
-        shapes = world.allgather([() if e is None else tuple(e.shape) for e in energies], "calibrating: groups")
+        own_shapes = [() if energy is None else tuple(energy.shape) for energy in energies]
+        shapes = calibration.world.allgather(own_shapes, "calibrating: which layers were called")
         for number, layer in enumerate(layers):
-            if not any(each[number] for each in seen):
+            if not any(each[number] for each in shapes):
                 raise JobError(
                     f"prune.criterion: {layer.name} saw no input while the model ran on samples, though its weight may "
                     "have been used (as attention's own kernels do); exclude it (prune.exclude), or choose another "
