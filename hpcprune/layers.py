@@ -1,8 +1,9 @@
 """The prunable parameters of a model: which they are, by the kind of the module that holds them.
 
-By default these are the weights of linear, convolutional and recurrent layers, whatever the model is built from. A
-weight that an embedding or a norm also uses (tied weights) is theirs and stays. Patterns from the job file narrow the
-choice down; they match the parameter's name, or the name of the module that holds it, as shell patterns do.
+By default these are the weights of linear, convolutional and recurrent layers, whatever the model is built from; linear
+layers of other libraries are known by their full names, as those libraries need not be there. A weight that an
+embedding or a norm also uses (tied weights) is theirs and stays. Patterns from the job file narrow the choice down;
+they match the parameter's name, or the name of the module that holds it, as shell patterns do.
 """
 
 from __future__ import annotations
@@ -12,22 +13,16 @@ from collections.abc import Iterator, Sequence
 from fnmatch import fnmatchcase
 
 from torch import nn
+from torch.nn.parameter import is_lazy
 
 from hpcprune.errors import JobError
 from hpcprune.shards import Layer
 from hpcprune.tensors import dtype_name
 
-__all__ = ["find_layers", "matching"]
+__all__ = ["check_rows", "find_layers", "is_linear", "is_transposed_linear", "matching"]
 
-_CONVOLUTIONS = (
-    nn.Conv1d,
-    nn.Conv2d,
-    nn.Conv3d,
-    nn.ConvTranspose1d,
-    nn.ConvTranspose2d,
-    nn.ConvTranspose3d,
-)
-_OF_ONE_WEIGHT = (nn.Linear, nn.Bilinear, *_CONVOLUTIONS)
+_TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+_OF_ONE_WEIGHT = (nn.Bilinear, nn.Conv1d, nn.Conv2d, nn.Conv3d, *_TRANSPOSED)
 _ATTENTION_WEIGHTS = ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight")
 
 
@@ -40,8 +35,12 @@ def find_layers(
         embeddings: whether those of embeddings are too.
 
     Raises:
-        JobError: a pattern matches nothing, no layer is left, or a layer's weight is computed from other parameters.
+        JobError: a pattern matches nothing, no layer is left, a layer's weight is computed from other parameters, or a
+            shape is not known yet.
     """
+    for name, parameter in model.named_parameters():
+        if is_lazy(parameter):
+            raise JobError(f"the shape of {name} is not known yet; call the model once on a batch before")
     of_embeddings = {id(parameter) for parameter in _embedded(model)}
     weights = {id(parameter) for _, parameter in _weights(model)}
     prunable = weights | of_embeddings if embeddings else weights - of_embeddings
@@ -79,11 +78,43 @@ def matching(pattern: str, names: Sequence[str]) -> list[str]:
     return [name for name in names if fnmatchcase(name, pattern) or fnmatchcase(name.rpartition(".")[0], pattern)]
 
 
+def is_linear(module: nn.Module) -> bool:
+    """Whether it multiplies with its weight [outputs, inputs], as torch's and torch_geometric's Linear do."""
+    return isinstance(module, nn.Linear) or _is_a(module, "torch_geometric.nn.dense.linear.Linear")
+
+
+def is_transposed_linear(module: nn.Module) -> bool:
+    """Whether it multiplies with its weight [inputs, outputs], as transformers' Conv1D (of GPT-2) does."""
+    return _is_a(module, "transformers.pytorch_utils.Conv1D")
+
+
+def check_rows(model: nn.Module, layers: Sequence[Layer]) -> None:
+    """Raise JobError where a layer's rows are not those of its outputs, so that they are nothing to rank within."""
+    named = dict(model.named_parameters())
+    rows = {id(named[layer.name]): layer.name for layer in layers}
+    for module in model.modules():
+        if isinstance(module, _TRANSPOSED) or is_transposed_linear(module):
+            name = rows.get(id(module._parameters.get("weight")))
+            if name is not None:
+                raise JobError(
+                    f"prune.scope: row ranks the weights of one output, and those of {name} ({type(module).__name__}) "
+                    "lie by inputs; give scope: layer or global, or exclude it (prune.exclude)"
+                )
+
+
+def _is_a(module: nn.Module, kind: str) -> bool:
+    return any(f"{each.__module__}.{each.__qualname__}" == kind for each in type(module).__mro__)
+
+
+def _has_one_weight(module: nn.Module) -> bool:
+    return isinstance(module, _OF_ONE_WEIGHT) or is_linear(module) or is_transposed_linear(module)
+
+
 def _weights(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
     for module in model.modules():
         for name, parameter in module.named_parameters(recurse=False):
             if (
-                (isinstance(module, _OF_ONE_WEIGHT) and name == "weight")
+                (name == "weight" and _has_one_weight(module))
                 or (isinstance(module, (nn.RNNBase, nn.RNNCellBase)) and name.startswith("weight_"))
                 or (isinstance(module, nn.MultiheadAttention) and name in _ATTENTION_WEIGHTS)
             ):
@@ -93,7 +124,7 @@ def _weights(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
 def _computed(model: nn.Module) -> Iterator[str]:
     """The weights that would be prunable if they were parameters."""
     for path, module in model.named_modules():
-        expected: Sequence[str] = ("weight",) if isinstance(module, _OF_ONE_WEIGHT) else ()
+        expected: Sequence[str] = ("weight",) if _has_one_weight(module) else ()
         if isinstance(module, nn.RNNBase):
             expected = [name for name in module._flat_weights_names if name.startswith("weight_")]
         yield from (f"{path}.{name}".lstrip(".") for name in expected if name not in module._parameters)

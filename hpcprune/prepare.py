@@ -20,7 +20,7 @@ from hpcprune.errors import JobError, NumericsError, TaskError
 from hpcprune.evaluate import figures_of
 from hpcprune.job import Job
 from hpcprune.launch import check_gpus
-from hpcprune.layers import find_layers
+from hpcprune.layers import check_rows, find_layers
 from hpcprune.seeds import seed_all
 from hpcprune.shards import Layer, Span, deal
 from hpcprune.statistics import Calibration
@@ -84,6 +84,8 @@ def _prepare(job: Job, world: World, threads: int, device: torch.device, gpus: l
             f"give at most {len(layers)}"
         )
     CRITERIA[job.prune.criterion].check(model, layers)
+    if job.prune.scope == "row":
+        check_rows(model, layers)
     if not any(parameter.requires_grad for parameter in model.parameters()):
         raise TaskError(
             f"task: {type(task).__name__}.model(): none of its parameters requires a gradient, so nothing could be "

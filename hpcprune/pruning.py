@@ -10,7 +10,7 @@ from torch.utils.data import Dataset
 
 from hpcprune.criteria import CRITERIA, SCOPES, Criterion, Scope
 from hpcprune.errors import JobError
-from hpcprune.layers import find_layers
+from hpcprune.layers import check_rows, find_layers
 from hpcprune.masks import Masks
 from hpcprune.ranking import Target, prune_layers
 from hpcprune.shards import Layer, Span, deal
@@ -80,10 +80,13 @@ def prune(
     layers = find_layers(model, include, exclude, embeddings=embeddings)
     _agree((criterion, target.scope, samples, batch_size, seed), world)
     shards = deal(layers, world.size, whole_rows=target.scope == "row")
-    gathered = None
+    statistic, gathered = None, None
     if samples:
         statistic = Gradients(lambda gradient: gradient) if chosen.looks_at == "training" else chosen.statistic()
         statistic.check(model, layers)
+    if target.scope == "row":
+        check_rows(model, layers)
+    if statistic is not None:
 
         def run(batch: Any) -> Any:
             return loss(model, batch) if loss else _call(model, batch)

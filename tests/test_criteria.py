@@ -13,6 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import TensorDataset
+from torch_geometric.nn import Linear
+from transformers.pytorch_utils import Conv1D
 
 import hpcprune
 from hpcprune.errors import JobError, NumericsError
@@ -309,6 +311,21 @@ def test_shared_and_frozen_weights_are_scored() -> None:
     free = hpcprune.prune(network().double(), 0.5, criterion="fisher", data=data, loss=loss, comm=World.alone())
     assert torch.equal(masks["0.weight"], free["0.weight"])
     assert not frozen[0].weight.requires_grad
+
+
+def test_inputs_of_other_libraries_linear_layers_are_those_that_meet_the_weights() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(Conv1D(6, 5), nn.ReLU(), Linear(6, 4)).double()  # weights [5, 6] and [4, 6]
+    x = torch.randn(9, 3, 5, dtype=torch.float64) * torch.arange(1, 6)
+    between = (x @ model[0].weight + model[0].bias).relu()
+    seen = [each.detach().flatten(0, 1).norm(dim=0) for each in (x, between)]
+    scores = {"0.weight": model[0].weight.abs() * seen[0][:, None], "2.weight": model[2].weight.abs() * seen[1]}
+    expected = pruned_by({name: each.detach() for name, each in scores.items()}, 0.5, "layer")
+    given = {"criterion": "wanda", "data": [*x], "batch_size": 4, "comm": World.alone()}
+    with pytest.raises(JobError, match=r"prune.scope: row ranks .* 0\.weight \(Conv1D\)"):
+        hpcprune.prune(model, 0.5, **given)
+    masks = hpcprune.prune(model, 0.5, scope="layer", **given)
+    assert all(torch.equal(masks[name], kept) for name, kept in expected.items())
 
 
 def test_recurrent_and_transposed_layers_are_scored_by_their_gradients() -> None:

@@ -9,9 +9,11 @@ import torch
 import torch.nn.utils.parametrize
 import torch.nn.utils.prune
 from torch import nn
+from torch_geometric.nn import GATConv, GCNConv, Linear
+from transformers.pytorch_utils import Conv1D
 
 from hpcprune.errors import JobError
-from hpcprune.layers import find_layers
+from hpcprune.layers import check_rows, find_layers
 
 
 class Language(nn.Module):
@@ -103,3 +105,32 @@ def test_a_model_without_prunable_layers_is_an_error_that_says_what_it_has() -> 
         find_layers(nn.Sequential(nn.LayerNorm(3), nn.ReLU()))
     with pytest.raises(JobError, match=r"leave none of 1"):
         find_layers(nn.Sequential(nn.Linear(3, 3)), exclude=["*"])
+
+
+def test_linear_layers_of_other_libraries_are_prunable() -> None:
+    class Own(Conv1D):
+        pass
+
+    model = nn.ModuleDict({"gcn": GCNConv(7, 5), "gat": GATConv(5, 4, heads=2), "gpt": Conv1D(6, 4), "own": Own(3, 2)})
+    assert {layer.name: layer.shape for layer in find_layers(model)} == {
+        "gcn.lin.weight": (5, 7),
+        "gat.lin.weight": (8, 5),
+        "gpt.weight": (4, 6),
+        "own.weight": (2, 3),
+    }
+
+
+def test_a_layer_whose_shape_is_not_known_is_an_error_until_it_was_called() -> None:
+    model = Linear(-1, 3)
+    with pytest.raises(JobError, match="the shape of weight is not known yet; call the model once"):
+        find_layers(model)
+    model(torch.zeros(2, 5))
+    assert [layer.shape for layer in find_layers(model)] == [(3, 5)]
+
+
+@pytest.mark.parametrize("layer", [Conv1D(4, 3), nn.ConvTranspose1d(3, 4, 2)], ids=lambda layer: type(layer).__name__)
+def test_rows_that_are_inputs_are_refused_by_name(layer: nn.Module) -> None:
+    model = nn.ModuleDict({"plain": nn.Linear(4, 4), "odd": layer})
+    with pytest.raises(JobError, match=r"row ranks the weights of one output, and those of odd\.weight .* by inputs"):
+        check_rows(model, find_layers(model))
+    check_rows(model, find_layers(model, exclude=["odd"]))

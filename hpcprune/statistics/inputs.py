@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from hpcprune.errors import JobError
+from hpcprune.layers import is_linear, is_transposed_linear
 from hpcprune.shards import Layer, Span
 from hpcprune.statistics.calibration import Calibration
 from hpcprune.statistics.statistic import Gathered
@@ -19,7 +20,8 @@ _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
 class InputEnergy:
-    """Of Linear and Conv layers. Rows of a layer (of a group, in a grouped convolution) share their inputs' energies.
+    """Of Linear and Conv layers. Rows of a layer (of a group, in a grouped convolution) share their inputs' energies;
+    where a row is an input, its weights do.
 
     A layer that several modules hold has the sum of all that they see.
     """
@@ -95,7 +97,7 @@ def _holders(model: nn.Module, layers: Sequence[Layer]) -> list[list[nn.Module]]
 
 
 def _known(module: nn.Module) -> bool:
-    return isinstance(module, (nn.Linear, *_CONVOLUTIONS))
+    return isinstance(module, _CONVOLUTIONS) or is_linear(module) or is_transposed_linear(module)
 
 
 def _watch(energies: list[Tensor | None], number: int) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None]:
@@ -108,10 +110,10 @@ def _watch(energies: list[Tensor | None], number: int) -> Callable[[nn.Module, t
 
 
 def _energy(module: nn.Module, x: Tensor) -> Tensor:
-    """[groups, weights of a row], float64."""
+    """[groups of rows, weights of a row], or [rows, 1] where a row is an input; float64."""
     if not isinstance(module, _CONVOLUTIONS):
         norm: Tensor = torch.linalg.vector_norm(x.reshape(-1, x.shape[-1]), dim=0, dtype=torch.float64)
-        return norm.square()[None]
+        return norm.square()[:, None] if is_transposed_linear(module) else norm.square()[None]
     # What meets each weight, over all places, is what its gradient sums; so x^2 meets it in the gradient with x^2.
     probe = torch.ones(module.groups, *module.weight.shape[1:], dtype=torch.float64, device=x.device)
     with torch.enable_grad():
@@ -125,4 +127,4 @@ def _spread(energy: Tensor, layer: Layer, span: Span) -> Tensor:
     first, last = span.start // layer.row, -(-span.stop // layer.row)
     rows = torch.arange(first, last, device=energy.device) * len(energy) // layer.shape[0]
     offset = first * layer.row
-    return energy[rows].reshape(-1)[span.start - offset : span.stop - offset]
+    return energy[rows].expand(-1, layer.row).reshape(-1)[span.start - offset : span.stop - offset]
