@@ -20,7 +20,8 @@ from hpcprune.world import World, part_of_rank
 __all__ = ["evaluate", "figures_of", "inference_seconds", "model_flops", "timed_batch"]
 
 TIMED_SAMPLES = 64  # samples in the batch whose inference is timed, where there are as many
-TIMED_RUNS = 25
+TIMED_RUNS, FEWEST_RUNS = 25, 3
+TIMED_SECONDS = 20.0  # after which no more than the fewest runs are made, of networks that take long
 
 
 @torch.no_grad()
@@ -80,7 +81,10 @@ def timed_batch(dataset: Dataset[Any], device: torch.device) -> tuple[Any, int]:
 def inference_seconds(task: Task, models: Sequence[nn.Module], batch: Any, device: torch.device) -> list[float]:
     """Seconds that each model takes to infer a batch: the median over runs, the models in turns."""
     seconds: list[list[float]] = [[] for _ in models]
-    for _ in range(TIMED_RUNS + 1):
+    begun = time.perf_counter()
+    for turn in range(TIMED_RUNS + 1):
+        if turn > FEWEST_RUNS and time.perf_counter() - begun > TIMED_SECONDS:
+            break
         for model, own in zip(models, seconds, strict=True):
             model.eval()
             start = time.perf_counter()

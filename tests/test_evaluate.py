@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import hpcprune
-from hpcprune.evaluate import TIMED_RUNS, evaluate, inference_seconds, model_flops, timed_batch
+from hpcprune.evaluate import FEWEST_RUNS, TIMED_RUNS, evaluate, inference_seconds, model_flops, timed_batch
 from hpcprune.world import World
 from tests.evaluating import Fives, Samples, on_the_whole
 
@@ -83,6 +83,13 @@ def test_an_inference_is_timed_for_each_model_in_turns_without_the_first(samples
     seconds = inference_seconds(Fives(), [slow, fast], batch, cpu)
     assert count == taken and slow.batches == fast.batches == [taken] * (TIMED_RUNS + 1)
     assert seconds[0] >= 0.004 and 0.001 <= seconds[1] < seconds[0]
+
+
+def test_networks_that_take_long_are_timed_a_few_times(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("hpcprune.evaluate.TIMED_SECONDS", 0.0)
+    model, cpu = Timed(0.001), torch.device("cpu")
+    inference_seconds(Fives(), [model], timed_batch(Samples(5), cpu)[0], cpu)
+    assert len(model.batches) == FEWEST_RUNS + 1
 
 
 class Images(Fives):
