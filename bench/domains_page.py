@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import itertools
+import math
 import statistics
 import sys
 from collections.abc import Iterator, Sequence
@@ -114,9 +115,11 @@ class Table(NamedTuple):
         """Where a predictor would do that has learned nothing but what to say always."""
         told = []
         for row in self.rows:
-            there = {sparsity: cell for sparsity, cell in row.cells.items() if cell.mean is not None}
+            means = {sparsity: cell.mean for sparsity, cell in row.cells.items() if cell.mean is not None}
             worse = [
-                percent(s) for s, cell in there.items() if cell.mean == constant or not self.as_good(cell, constant)
+                percent(sparsity)
+                for sparsity, mean in means.items()
+                if math.isclose(mean, constant, rel_tol=1e-6) or not self.as_good(row.cells[sparsity], constant)
             ]
             if worse:
                 told.append(f"{row} at {', '.join(worse)}")
