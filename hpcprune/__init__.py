@@ -14,6 +14,7 @@ from hpcprune.version import __version__
 if TYPE_CHECKING:
     from hpcprune.compression import Compression
     from hpcprune.ddp import ddp_hook
+    from hpcprune.language import LanguageModel
     from hpcprune.loading import load
     from hpcprune.masks import Masks
     from hpcprune.pruning import prune
@@ -26,6 +27,7 @@ __all__ = [
     "Compression",
     "Data",
     "HpcpruneError",
+    "LanguageModel",
     "Masks",
     "Survivors",
     "Task",
@@ -40,6 +42,7 @@ _HOMES = {
     "Classifier": "task",
     "Compression": "compression",
     "Data": "task",
+    "LanguageModel": "language",
     "Masks": "masks",
     "Survivors": "survivors",
     "Task": "task",

@@ -230,7 +230,7 @@ def compare(folders: tuple[Path, ...], out: Path | None) -> None:
 
 @cli.command()
 @click.argument("source", type=click.Path(path_type=Path))
-@click.option("--to", "kind", required=True, help="safetensors, torch or h5.")
+@click.option("--to", "kind", required=True, help="safetensors, torch, h5, or hf: a folder for transformers.")
 @click.argument("target", type=click.Path(path_type=Path))
 def export(source: Path, kind: str, target: Path) -> None:
     """Write a checkpoint's weights, dense, for other programs to read."""

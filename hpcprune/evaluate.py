@@ -19,7 +19,7 @@ from hpcprune.world import World, part_of_rank
 
 __all__ = ["evaluate", "figures_of", "inference_seconds", "model_flops", "timed_batch"]
 
-TIMED_SAMPLES = 64  # samples in the batch whose inference is timed, where there are as many
+TIMED_SAMPLES = 64  # samples at most in the batch whose inference is timed
 TIMED_RUNS, FEWEST_RUNS = 25, 3
 TIMED_SECONDS = 20.0  # after which no more than the fewest runs are made, of networks that take long
 
@@ -70,10 +70,10 @@ def _gather_over(world: World, metric: Metric) -> None:
             each.dist_sync_fn, each.distributed_available_fn = gather, lambda: world.size > 1
 
 
-def timed_batch(dataset: Dataset[Any], device: torch.device) -> tuple[Any, int]:
-    """The batch whose inference is timed, and how many samples it has."""
+def timed_batch(dataset: Dataset[Any], batch_size: int, device: torch.device) -> tuple[Any, int]:
+    """The batch whose inference is timed, as large as those of an evaluation at most; and how many samples it has."""
     assert isinstance(dataset, Sized)
-    samples = [dataset[index] for index in range(min(TIMED_SAMPLES, len(dataset)))]
+    samples = [dataset[index] for index in range(min(TIMED_SAMPLES, batch_size, len(dataset)))]
     return to_device(default_collate(samples), device), len(samples)
 
 

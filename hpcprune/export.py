@@ -51,16 +51,23 @@ def export(source: Path, to: str, target: Path) -> None:
     """Write the weights of a model.h5 for other programs.
 
     source: a file that a run has made; it is verified first.
-    to: `safetensors`, `torch` (a state dict for torch.load with weights_only) or `h5` (one dataset a tensor).
-    target: the file to make. Names are those of the model's state dict (in `h5`, / % and @ in them as %2F %25 %40),
-        dtypes are kept; sparsity and mask hash go along where the format has a place for them.
+    to: `safetensors`, `torch` (a state dict for torch.load with weights_only), `h5` (one dataset a tensor), or `hf` (a
+        folder for transformers, which needs the task: the job.yaml beside the source says which it is).
+    target: the file or folder to make. Names are those of the model's state dict (in `h5`, / % and @ in them as %2F
+        %25 %40), dtypes are kept; sparsity and mask hash go along where the format has a place for them.
 
     Raises:
         JobError: there is no such format, or the target is already there.
         CheckpointError: the source is damaged, or the target cannot be written; nothing is left of it then.
     """
+    if to == "hf":
+        from hpcprune.loading import build  # they import torch's data loading and more, which only this needs
+        from hpcprune.pretrained import export_folder
+
+        task, model = build(source)
+        return export_folder(model, getattr(task, "tokenizer", None), source, target)
     if to not in FORMATS:
-        raise JobError(f"--to {to}: no such format; there are {', '.join(FORMATS)}")
+        raise JobError(f"--to {to}: no such format; there are {', '.join(FORMATS)}, hf")
     if os.path.lexists(target):
         raise JobError(f"{target}: is already there; remove it, or give another name")
     state = read_model(source)

@@ -190,8 +190,8 @@ class Job(Section):
     """The run's folder, relative to the current directory; where it is not given, runs/ and the name of the job
     file's folder."""
     weights: Text = "train"
-    """Where the dense weights come from: `train`, or a file (relative to the job file): a torch state dict (.pt, .pth),
-    .safetensors, or a checkpoint of hpcprune (.h5)."""
+    """Where the dense weights come from: `train`; `task`, where its model brings them; or a file (relative to the job
+    file): a torch state dict (.pt, .pth), .safetensors, or a checkpoint of hpcprune (.h5)."""
     train: Training | None = None
     """The dense training; needed, and used, when `weights` is `train`."""
     prune: Prune
@@ -217,7 +217,7 @@ class Job(Section):
     @pydantic.model_validator(mode="after")
     def _dense_weights(self) -> Job:
         if self.weights == "train" and self.train is None:
-            raise refuse("train: missing, and weights is train; say how to train, or name a file in weights")
+            raise refuse("train: missing, and weights is train; say how to train, or name a file in weights, or task")
         return self
 
     @pydantic.model_validator(mode="after")
@@ -256,8 +256,8 @@ class Job(Section):
 
     @property
     def weights_file(self) -> Path | None:
-        """The file of the dense weights (which may not exist), or None where they are trained."""
-        return None if self.weights == "train" else self.folder / self.weights
+        """The file of the dense weights (which may not exist), or None where they are trained or the task's."""
+        return None if self.weights in ("train", "task") else self.folder / self.weights
 
     def to_yaml(self, beside: Path | None = None) -> str:
         """The resolved job as YAML that `load_job` reads back to an equal job.
@@ -293,6 +293,7 @@ def _determining(job: Job) -> dict[str, Any]:
     values = job.model_dump(mode="json", exclude={**dict.fromkeys(others, True), "retrain": carriage})
     if job.weights_file is not None:
         values["weights"] = job.weights_file.name
+    if job.weights != "train":
         values["train"] = None
     if job.task_file is not None:
         values["task"] = Path(job.task).name

@@ -16,10 +16,10 @@ from hpcprune.job_file import load_job
 from hpcprune.masks import Masks
 from hpcprune.shards import Layer
 from hpcprune.sparse import sparsify
-from hpcprune.task import build_model, load_task
+from hpcprune.task import Task, build_model, load_task
 from hpcprune.weights import fit_weights, weights_of
 
-__all__ = ["load"]
+__all__ = ["build", "load"]
 
 
 def load(
@@ -54,7 +54,7 @@ def load(
         raise HpcpruneError(f"{path}: no such file; give a model.h5, or the folder of a run that has ended")
     state = read_model(path)
     if model is None:
-        model = _build(path)
+        _, model = build(path)
     fit_weights(model, weights_of(state), path)
     model.eval()
     if sparse == "auto":
@@ -62,14 +62,16 @@ def load(
     return model
 
 
-def _build(path: Path) -> nn.Module:
+def build(path: Path) -> tuple[Task, nn.Module]:
+    """The task and a new model of it, for a run's `model.h5`. Runs the task's code."""
     job_file = path.with_name("job.yaml")
     if not job_file.exists():
         raise HpcpruneError(
             f"{path}: no job.yaml beside it says which network this is; give the model: load(path, model)"
         )
     job = load_job(job_file)
-    return build_model(load_task(job.task, job.folder))
+    task = load_task(job.task, job.folder)
+    return task, build_model(task)
 
 
 def _masks(state: State) -> Masks:

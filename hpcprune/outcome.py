@@ -25,7 +25,6 @@ from hpcprune.report.format import Report
 from hpcprune.shards import imbalance
 from hpcprune.sparse import sparsify
 from hpcprune.until import best_round, dense_metrics, parse
-from hpcprune.weights import fit_weights, load_weights
 from hpcprune.world import World
 
 __all__ = ["build_report", "measure_costs", "measure_inference", "rank_load", "weight_histogram"]
@@ -45,16 +44,16 @@ def measure_costs(prepared: Prepared, masks: Masks, file: Path) -> dict[str, Any
     }
 
 
-def measure_inference(job: Job, prepared: Prepared, masks: Masks, dense_file: Path) -> dict[str, Any]:
+def measure_inference(job: Job, prepared: Prepared, masks: Masks) -> dict[str, Any]:
     """What it takes to infer with the dense and with the pruned network, timed in turns on one batch.
 
     The pruned one's layers run sparse where that was measured faster; `sparse` says what was found, None where the job
     does not want it.
     """
-    task, pruned = prepared.task, copy.deepcopy(prepared.model)
-    dense = copy.deepcopy(prepared.model)
-    fit_weights(dense, load_weights(dense_file), dense_file)
-    batch, samples = timed_batch(prepared.data.test, prepared.device)
+    task, dense = prepared.task, prepared.model  # dense layers take as long whatever their weights are
+    shared = {id(tensor): tensor for tensor in (*dense.parameters(), *dense.buffers())}
+    pruned = copy.deepcopy(dense, shared)
+    batch, samples = timed_batch(prepared.data.test, job.evaluate.batch_size, prepared.device)
     found = None
     if job.evaluate.sparse == "auto":
         found = sparsify(pruned, masks, lambda: task.predict(pruned, batch))

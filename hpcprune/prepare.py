@@ -101,7 +101,7 @@ def _prepare(job: Job, world: World, threads: int, device: torch.device, gpus: l
     assert isinstance(data.train, Sized)
     samples = len(data.train)
     dense = None
-    if job.weights_file is None:
+    if job.weights == "train":
         assert job.train is not None
         dense = plan_steps(job.train, samples, world.size, "train")
     retrain = _rewound(job, plan_steps(job.retrain, samples, world.size, "retrain"), dense)

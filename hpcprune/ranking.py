@@ -7,7 +7,7 @@ weights become zero. What was pruned before is not ranked again, so masks only e
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -72,7 +72,9 @@ def prune_layers(
     clock = [time.perf_counter()]
     fresh = masks.nonzeros == masks.weights
     before = [None if fresh else _slice_bits(masks.bits(layers[span.layer].name), span) for span in own]
-    pieces = [_score(parameters, layers[span.layer], span, target, statistic) for span in own]
+    scored = (_score(parameters, layers[span.layer], span, target, statistic) for span in own)
+    # Rows are ranked layer by layer, so that the scores of one are there at a time.
+    pieces = scored if target.scope == "row" else [*scored]
     clock.append(time.perf_counter())
     bits, thresholds = (_rows if target.scope == "row" else _groups)(masks, own, pieces, before, target, world)
     clock.append(time.perf_counter())
@@ -99,13 +101,13 @@ _Selected = tuple[list[Bits], dict[str, Threshold]]
 def _rows(
     masks: Masks,
     own: Sequence[Span],
-    pieces: Sequence[torch.Tensor],
+    pieces: Iterable[torch.Tensor],
     before: Sequence[Bits | None],
     target: Target,
     world: World,
 ) -> _Selected:
     layers, sparsities = masks.layers, target.of_layers(masks.layers)
-    scores = [piece.abs() for piece in pieces] if target.criterion.absolute else pieces
+    scores = (piece.abs() for piece in pieces) if target.criterion.absolute else pieces
     widths = [layers[span.layer].row for span in own]
     names = [layers[span.layer].name for span in own]
     return select_in_rows(scores, before, widths, [sparsities[span.layer] for span in own], names, world), {}
@@ -114,7 +116,7 @@ def _rows(
 def _groups(
     masks: Masks,
     own: Sequence[Span],
-    pieces: Sequence[torch.Tensor],
+    pieces: Iterable[torch.Tensor],
     before: Sequence[Bits | None],
     target: Target,
     world: World,

@@ -6,7 +6,7 @@ whole rows, so nothing is sent to rank them; as elsewhere, exactly as many go as
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 import torch
@@ -23,7 +23,7 @@ BLOCK = 1 << 22  # scores looked at at a time
 
 
 def select_in_rows(
-    pieces: Sequence[Tensor],
+    pieces: Iterable[Tensor],
     before: Sequence[Bits | None],
     widths: Sequence[int],
     sparsities: Sequence[float],
@@ -33,17 +33,20 @@ def select_in_rows(
     """Prune each row to a sparsity. Collective: a NaN on any rank raises NumericsError on all.
 
     Args:
-        pieces: this rank's scores, flat, of whole rows; those with the lowest go.
+        pieces: this rank's scores, flat, of whole rows; those with the lowest go. Taken one after the other.
         before: for each piece the packed mask of what is left to choose from; None for all.
         widths, sparsities, names: for each piece its rows' length, what is to be gone of each row, what to call it.
 
     Returns:
         for each piece the packed mask of what survives.
     """
-    nans = [int(piece.isnan().sum()) for piece in pieces]
-    if any(world.allgather(any(nans), "rows: NaN")):
-        raise_nan([(name, nan, p.numel()) for name, nan, p in zip(names, nans, pieces, strict=True)], world)
-    return [_select(*each) for each in zip(pieces, before, widths, sparsities, strict=True)]
+    found, nans = [], []
+    for piece, left, width, sparsity, name in zip(pieces, before, widths, sparsities, names, strict=True):
+        nans.append((name, int(piece.isnan().sum()), piece.numel()))
+        found.append(_select(piece, left, width, sparsity))
+    if any(world.allgather(any(count for _, count, _ in nans), "rows: NaN")):
+        raise_nan(nans, world)
+    return found
 
 
 def _select(scores: Tensor, before: Bits | None, width: int, sparsity: float) -> Bits:

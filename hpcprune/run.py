@@ -128,7 +128,7 @@ class Run:
         if plan is not None:
             self._train("train")
         self._evaluate("dense")
-        if plan is not None:
+        if self.job.weights_file is None:
             self.saver.write_result(self.folder.dense, self.masks, self.ledger)
         self.ledger.dense = {
             "costs": measure_costs(self.prepared, self.masks, self._dense_file),
@@ -223,6 +223,8 @@ class Run:
     def _train(self, stage: str) -> None:
         """Do the steps of this round that are left."""
         ledger = self.ledger
+        if stage == "retrain" and not self.prepared.retrain.steps:
+            return  # not even survivors are laid out, which would take as much memory again
         decided = ledger.packed, ledger.sparse
         trainer = self._begin(stage)
         plan, due = trainer.plan, False
@@ -290,7 +292,10 @@ class Run:
         start = time.perf_counter()
         self.journal.stage("evaluate", self.ledger, self.masks.sparsity)
         task, data = self.prepared.task, self.prepared.data
-        metrics = evaluate(task, self.model, data.test, self.job.evaluate.batch_size, self.world)
+        if when == "retrained" and not self.prepared.retrain.steps:
+            metrics = self.ledger.evaluations[-1]["metrics"]  # those of the pruned network, which is still the same
+        else:
+            metrics = evaluate(task, self.model, data.test, self.job.evaluate.batch_size, self.world)
         seconds = time.perf_counter() - start
         self.journal.evaluation(self.ledger, when, self.masks.sparsity, metrics, seconds)
         shown = {"loss", *task.metrics()}  # and not those of each class
@@ -301,7 +306,7 @@ class Run:
         self.ledger.complete = True
         if not self.ledger.round:  # the dense training's optimizer is not that of the rounds
             self._carried = Carried(followed_only(self._carried.optimizer), {}, self.masks)
-        self.saver.begin(self.masks, self.ledger, self._carried)
+        self.saver.begin(self.masks, self.ledger, self._carried, copied=False)
         self.saver.finish(self.ledger)
         stop = self.world.allgather(bool(self.stop), "agreeing whether to stop")
         if any(stop):
@@ -328,9 +333,7 @@ class Run:
     def _finish(self) -> None:
         """Write the result and the report."""
         prepared, ledger = self.prepared, self.ledger
-        inference = self.world.lead(
-            lambda: measure_inference(self.job, prepared, self.masks, self._dense_file), "timing inference"
-        )
+        inference = self.world.lead(lambda: measure_inference(self.job, prepared, self.masks), "timing inference")
         sha256 = self.saver.write_result(self.folder.model, self.masks, ledger, inference=inference)
         loads = rank_load(prepared, ledger, self.world)
 

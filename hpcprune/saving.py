@@ -65,8 +65,8 @@ class Saver:
         steps = self._job.checkpoint.every_steps
         return late or (steps is not None and run_step % steps == 0)
 
-    def begin(self, masks: Masks, ledger: Ledger, carried: Carried) -> None:
-        """Copy the run as it stands, and begin to write it.
+    def begin(self, masks: Masks, ledger: Ledger, carried: Carried, *, copied: bool = True) -> None:
+        """Copy the run as it stands, and begin to write it; not `copied`, it must stay so until that is finished.
 
         Raises:
             WorldError: the ranks' weights differ; nothing is written then.
@@ -85,7 +85,7 @@ class Saver:
                 own |= {f"exchange/{name}": value for name, value in carried.own.items()}
                 state = self._state(masks, ledger, {"ledger": ledger.as_dict()}, carried.optimizer, own)
             check_weights(state, self._world, what)
-            self._writer.begin(ledger.run_step, state)
+            self._writer.begin(ledger.run_step, state, copied=copied)
 
     def advance(self, ledger: Ledger) -> None:
         """Go on with what was begun, when every rank is `done`; CheckpointError if it could not be written."""

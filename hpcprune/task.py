@@ -34,12 +34,12 @@ from torch.nn import functional as F
 from torch.nn.parameter import is_lazy
 from torch.utils.data import Dataset
 
-from hpcprune.errors import TaskError
+from hpcprune.errors import HpcpruneError, TaskError
 
 if TYPE_CHECKING:
     from torchmetrics import Metric
 
-__all__ = ["Classifier", "Data", "Task", "load_task"]
+__all__ = ["Classifier", "Data", "Task", "divergence", "load_task"]
 
 
 @dataclass(frozen=True)
@@ -109,9 +109,7 @@ class Classifier(Task):
         return F.cross_entropy(output, batch[1])
 
     def distance(self, output: Any, target: Any, temperature: float) -> Tensor:
-        """The Kullback-Leibler divergence of the softened classes, times the temperature's square as gradients need."""
-        found, wanted = (F.log_softmax(scores / temperature, dim=1) for scores in (output, target))
-        return F.kl_div(found, wanted, reduction="batchmean", log_target=True) * temperature**2
+        return divergence(output, target, temperature)
 
     def metrics(self) -> dict[str, Metric]:
         from torchmetrics import ClasswiseWrapper
@@ -132,6 +130,16 @@ class Classifier(Task):
             of_each = MulticlassF1Score(self.classes, average=None)
             found["f1 of each"] = ClasswiseWrapper(of_each, [*self.names], prefix="f1 of ")
         return found
+
+
+def divergence(output: Tensor, target: Tensor, temperature: float) -> Tensor:
+    """The Kullback-Leibler divergence of softened scores [samples, classes, ...], times the temperature's square.
+
+    With that, gradients are as large at any temperature. Hinton et al., "Distilling the Knowledge in a Neural Network",
+    2015, https://arxiv.org/abs/1503.02531
+    """
+    found, wanted = (F.log_softmax(scores / temperature, dim=1) for scores in (output, target))
+    return F.kl_div(found, wanted, reduction="batchmean", log_target=True) * temperature**2
 
 
 def load_task(task: str, folder: Path) -> Task:
@@ -169,6 +177,8 @@ def call_user(function: Any, name: str) -> Any:
     """Call the user's code; what it raises becomes a TaskError that shows the user's own line."""
     try:
         return function()
+    except HpcpruneError:  # says what to do already
+        raise
     except (Exception, SystemExit) as error:  # a task that says sys.exit() would end the run without a word
         raise TaskError(f"task: {name} raised {_own_line(error)}") from error
 

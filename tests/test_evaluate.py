@@ -76,10 +76,12 @@ class Timed(nn.Module):
         return inputs
 
 
-@pytest.mark.parametrize(("samples", "taken"), [(5, 5), (500, 64)])
-def test_an_inference_is_timed_for_each_model_in_turns_without_the_first(samples: int, taken: int) -> None:
+@pytest.mark.parametrize(("samples", "batch_size", "taken"), [(5, 256, 5), (500, 256, 64), (500, 8, 8)])
+def test_an_inference_is_timed_for_each_model_in_turns_without_the_first(
+    samples: int, batch_size: int, taken: int
+) -> None:
     slow, fast, cpu = Timed(0.004), Timed(0.001), torch.device("cpu")
-    batch, count = timed_batch(Samples(samples), cpu)
+    batch, count = timed_batch(Samples(samples), batch_size, cpu)
     seconds = inference_seconds(Fives(), [slow, fast], batch, cpu)
     assert count == taken and slow.batches == fast.batches == [taken] * (TIMED_RUNS + 1)
     assert seconds[0] >= 0.004 and 0.001 <= seconds[1] < seconds[0]

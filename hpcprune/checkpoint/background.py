@@ -75,7 +75,7 @@ class BackgroundWriter:
         """Whether nothing is being written, on any rank: `begin` would not have to wait."""
         return self._step is None
 
-    def begin(self, step: int, state: State) -> None:
+    def begin(self, step: int, state: State, *, copied: bool = True) -> None:
         """Copy this rank's part of a step and start to write it; the state may change from then on.
 
         A step that is still being written is finished first, so that there is never more than one copy.
@@ -83,6 +83,7 @@ class BackgroundWriter:
         Args:
             step: its number; a step of this number that is there already is replaced once the new one is complete.
             state: the same on all ranks, except for `own`; `about` is rank 0's.
+            copied: False where it will not change until the step is finished: that takes no memory.
 
         Raises:
             CheckpointError: on all ranks alike, if the folder cannot be made, or the step before could not be written.
@@ -95,7 +96,7 @@ class BackgroundWriter:
         try:
             if self._world.rank == 0:
                 self._step.index = take_index(step, state)
-            part = take_part(step, state, self._shards, self._world.rank)
+            part = take_part(step, state, self._shards, self._world.rank, copied=copied)
         except Exception as error:
             # The others do not know of it: they learn of it with everything else that went wrong.
             self._work = Future()
@@ -173,7 +174,7 @@ def write_step(
         The step's folder.
     """
     writer = BackgroundWriter(root, shards, world, keep)
-    writer.begin(step, state)
+    writer.begin(step, state, copied=False)
     writer.finish()
     return step_folder(Path(root), step)
 

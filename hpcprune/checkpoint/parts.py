@@ -48,8 +48,8 @@ class Part:
     own: dict[str, TensorState]
 
 
-def take_part(step: int, state: State, shards: Sequence[Sequence[SpanLike]], rank: int) -> Part:
-    """Copy what a rank writes.
+def take_part(step: int, state: State, shards: Sequence[Sequence[SpanLike]], rank: int, *, copied: bool = True) -> Part:
+    """What a rank writes; with `copied`, in memory of its own.
 
     Raises:
         CheckpointError: a layer's parts do not fit each other.
@@ -60,8 +60,11 @@ def take_part(step: int, state: State, shards: Sequence[Sequence[SpanLike]], ran
     layers = []
     for number, start, stop in _merge(shards[rank]):
         name = names[number]
-        layers.append(portion_of(name, number, state.layers[name], start, stop).copy())
-    tensors, own = _copied(_deal_tensors(state, shards)[rank]), _copied(state.own)
+        portion = portion_of(name, number, state.layers[name], start, stop)
+        layers.append(portion.copy() if copied else portion)
+    tensors, own = _deal_tensors(state, shards)[rank], state.own
+    if copied:
+        tensors, own = _copied(tensors), _copied(own)
     return Part(step, rank, len(shards), layers, tensors, own)
 
 

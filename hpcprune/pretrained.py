@@ -1,0 +1,169 @@
+"""Pretrained language models of Hugging Face's kind: from a folder or a GGUF file on disk, and back into a folder.
+
+Nothing is downloaded. A GGUF file is taken tensor by tensor into the model's own memory, where transformers would first
+have all of them beside it.
+"""
+
+from __future__ import annotations
+
+import os
+import secrets
+import shutil
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+
+from hpcprune.checkpoint.file import disk_error, sync_folder
+from hpcprune.checkpoint.read import read_model
+from hpcprune.errors import JobError, WeightsError
+from hpcprune.weights import fit_weights, weights_of
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+__all__ = ["export_folder", "load_model", "load_tokenizer"]
+
+_AGAIN = "cut short or damaged; copy or download it again"
+
+
+def load_model(source: Path) -> PreTrainedModel:
+    """The causal language model of a folder (config.json and .safetensors), or of a .gguf file, dequantized to float32.
+
+    Raises:
+        WeightsError: there is none, transformers (or gguf) is not installed, a file is cut short, or of a kind of model
+            that transformers does not know.
+    """
+    _need(source)
+    if source.is_dir():
+        for file in sorted(source.glob("*.safetensors")):
+            _check_whole(file)
+    return _told(source, partial(_of_folder if source.is_dir() else _of_gguf, source))  # type: ignore[no-any-return]
+
+
+def load_tokenizer(source: Path) -> PreTrainedTokenizerBase:
+    """The tokenizer in the same folder or .gguf file. Raises WeightsError as `load_model` does."""
+    _need(source)
+    from transformers import AutoTokenizer
+
+    return _told(source, lambda: AutoTokenizer.from_pretrained(**_place(source)))  # type: ignore[no-any-return]
+
+
+def export_folder(model: nn.Module, tokenizer: PreTrainedTokenizerBase | None, checkpoint: Path, target: Path) -> None:
+    """Write a folder that `from_pretrained` opens: the model with a checkpoint's weights, pruned ones as zeros.
+
+    The folder appears under its name only when it is whole.
+
+    Raises:
+        JobError: the target is already there, or the model is not one of transformers.
+        CheckpointError, WeightsError: the checkpoint is damaged, or another model's; the folder cannot be written.
+    """
+    if os.path.lexists(target):
+        raise JobError(f"{target}: is already there; remove it, or give another name")
+    save = getattr(model, "save_pretrained", None)
+    if save is None:
+        raise JobError(
+            f"--to hf: the task's model is {type(model).__name__}, not one of transformers (PreTrainedModel), so that "
+            "there is no config.json to write; give --to safetensors, torch or h5"
+        )
+    fit_weights(model, weights_of(read_model(checkpoint)), checkpoint)
+    unfinished = target.with_name(f".{target.name}.{secrets.token_hex(4)}.partial")
+    try:
+        save(unfinished)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(unfinished)
+        readable = unfinished.stat().st_mode & 0o666
+        for file in unfinished.iterdir():
+            file.chmod(readable)  # safetensors' own writer ignores the umask
+        unfinished.rename(target)
+        sync_folder(target.parent)
+    except OSError as error:
+        raise disk_error(target, error) from error
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
+
+
+def _need(source: Path) -> None:
+    """Raise WeightsError where nothing can be opened."""
+    try:
+        import gguf  # noqa: F401
+        import transformers  # noqa: F401
+    except ImportError as error:
+        raise WeightsError(f"{source}: {error.name} is not installed; pip install 'hpcprune[hf]'") from None
+    if not (source / "config.json").is_file() and not (source.is_file() and source.suffix == ".gguf"):
+        what = "a folder without config.json" if source.is_dir() else "neither a folder nor a .gguf file"
+        raise WeightsError(
+            f"{source}: {what}; give one on disk, as nothing is downloaded (hf download NAME --local-dir FOLDER)"
+        )
+
+
+def _check_whole(file: Path) -> None:
+    try:
+        with safe_open(file, "pt"):  # looks whether the file has the length that its header says
+            pass
+    except (SafetensorError, OSError) as error:
+        raise WeightsError(f"{file}: not a whole safetensors file ({error}): {_AGAIN}") from None
+
+
+def _told(source: Path, read: Callable[[], Any]) -> Any:
+    """What is read; an error of transformers, of whatever class, becomes a WeightsError."""
+    try:
+        return read()
+    except WeightsError:
+        raise
+    except Exception as error:
+        reason = " ".join(str(error).split())[:300]
+        raise WeightsError(f"{source}: transformers cannot open it: {type(error).__name__}: {reason}") from error
+
+
+def _place(source: Path) -> dict[str, Any]:
+    """Where transformers is to look."""
+    if source.is_dir():
+        return {"pretrained_model_name_or_path": source, "local_files_only": True}
+    return {
+        "pretrained_model_name_or_path": source.parent,
+        "gguf_file": source.name,
+        "local_files_only": True,
+    }
+
+
+def _of_folder(source: Path) -> PreTrainedModel:
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(**_place(source))
+
+
+@torch.no_grad()
+def _of_gguf(source: Path) -> PreTrainedModel:
+    """Names, and what a kind of model has turned or joined, are as transformers knows them."""
+    from gguf import GGUFReader, dequantize
+    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers.initialization import no_init_weights
+    from transformers.modeling_gguf_pytorch_utils import TENSOR_PROCESSORS, TensorProcessor, get_gguf_hf_weights_map
+
+    try:
+        reader = GGUFReader(source)
+    except (ValueError, IndexError, KeyError, OSError) as error:
+        raise WeightsError(f"{source}: not a whole GGUF file ({error}): {_AGAIN}") from None
+    config = AutoConfig.from_pretrained(**_place(source))
+    with no_init_weights():
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    model.tie_weights()
+    architecture = reader.get_field("general.architecture")
+    kind = TENSOR_PROCESSORS.get(architecture.contents() if architecture else None, TensorProcessor)
+    processor = kind(config=config.to_dict())
+    names = get_gguf_hf_weights_map(model, processor)
+    weights, joined = dict(model.state_dict()), {"tensors": dict[str, Tensor]()}
+    for tensor in reader.tensors:
+        values = dequantize(tensor.data, tensor.tensor_type)
+        found = processor.process(weights=values, name=tensor.name, tensor_key_mapping=names, parsed_parameters=joined)
+        if found.name in names:
+            weights[names[found.name]].copy_(torch.from_numpy(np.require(found.weights, requirements=("C", "W"))))
+    for name, joint in joined["tensors"].items():  # of experts, which a file has one by one
+        weights[name].copy_(joint)
+    return model  # type: ignore[no-any-return]
