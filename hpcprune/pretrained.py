@@ -9,7 +9,8 @@ from __future__ import annotations
 import os
 import secrets
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -74,7 +75,8 @@ def export_folder(model: nn.Module, tokenizer: PreTrainedTokenizerBase | None, c
     fit_weights(model, weights_of(read_model(checkpoint)), checkpoint)
     unfinished = target.with_name(f".{target.name}.{secrets.token_hex(4)}.partial")
     try:
-        save(unfinished)
+        with _without_bars():
+            save(unfinished)
         if tokenizer is not None:
             tokenizer.save_pretrained(unfinished)
         readable = unfinished.stat().st_mode & 0o666
@@ -113,12 +115,27 @@ def _check_whole(file: Path) -> None:
 def _told(source: Path, read: Callable[[], Any]) -> Any:
     """What is read; an error of transformers, of whatever class, becomes a WeightsError."""
     try:
-        return read()
+        with _without_bars():
+            return read()
     except WeightsError:
         raise
     except Exception as error:
         reason = " ".join(str(error).split())[:300]
         raise WeightsError(f"{source}: transformers cannot open it: {type(error).__name__}: {reason}") from error
+
+
+@contextmanager
+def _without_bars() -> Iterator[None]:
+    """Have transformers draw no progress bar, which each rank would draw over the others'."""
+    from transformers.utils import logging
+
+    drawn = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if drawn:
+            logging.enable_progress_bar()
 
 
 def _place(source: Path) -> dict[str, Any]:
@@ -155,7 +172,7 @@ def _of_gguf(source: Path) -> PreTrainedModel:
         model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     model.tie_weights()
     architecture = reader.get_field("general.architecture")
-    kind = TENSOR_PROCESSORS.get(architecture.contents() if architecture else None, TensorProcessor)
+    kind: Any = TENSOR_PROCESSORS.get(architecture.contents() if architecture else "", TensorProcessor)
     processor = kind(config=config.to_dict())
     names = get_gguf_hf_weights_map(model, processor)
     weights, joined = dict(model.state_dict()), {"tensors": dict[str, Tensor]()}
