@@ -90,7 +90,7 @@ def test_an_inference_is_timed_for_each_model_in_turns_without_the_first(
 def test_networks_that_take_long_are_timed_a_few_times(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("hpcprune.evaluate.TIMED_SECONDS", 0.0)
     model, cpu = Timed(0.001), torch.device("cpu")
-    inference_seconds(Fives(), [model], timed_batch(Samples(5), cpu)[0], cpu)
+    inference_seconds(Fives(), [model], timed_batch(Samples(5), 256, cpu)[0], cpu)
     assert len(model.batches) == FEWEST_RUNS + 1
 
 

@@ -168,7 +168,7 @@ def test_every_dtype_arrives(tmp_path: Path, dtype: str, to: str) -> None:
 
 
 def test_an_unknown_format_names_those_that_there_are(model: Path, tmp_path: Path) -> None:
-    with pytest.raises(JobError, match=r"^--to onnx: no such format; there are safetensors, torch, h5$"):
+    with pytest.raises(JobError, match=r"^--to onnx: no such format; there are safetensors, torch, h5, hf$"):
         export(model, "onnx", tmp_path / "x")
 
 

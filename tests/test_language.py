@@ -28,21 +28,13 @@ from hpcprune.errors import JobError, WeightsError
 from hpcprune.export import export
 from hpcprune.pretrained import load_model, load_tokenizer
 from tests.commands import Command
+from tests.conftest import ROOT
+from tests.test_readme import blocks
 
+NET = "SmolLM2-135M"
 WORDS = [f"w{number}" for number in range(96)]
-TASK = """
-import hpcprune
-
-
-class Words(hpcprune.LanguageModel):
-    source, train_text, test_text, length = "net", "train.txt", "test.txt", 16
-"""
-JOB = """
-task: task.py
-weights: task
-prune: {criterion: wanda, sparsity: 0.5, calibrate: {batch_size: 2}}
-retrain: {epochs: 0}
-"""
+PAGE = (ROOT / "docs/task.md").read_text().partition("## A language model")[2]
+TASK, JOB = (blocks(PAGE, language)[0] for language in ("python", "yaml"))
 
 
 @pytest.fixture(scope="module")
@@ -50,14 +42,14 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """A folder with a small Llama, as transformers itself writes it, beside a task, a job and texts."""
     folder = tmp_path_factory.mktemp("language")
     torch.manual_seed(0)
-    _llama().save_pretrained(folder / "net")
+    _llama().save_pretrained(folder / NET)
     words = Tokenizer(WordLevel({word: number for number, word in enumerate(WORDS)}, unk_token="w0"))
     words.pre_tokenizer = Whitespace()
-    PreTrainedTokenizerFast(tokenizer_object=words, unk_token="w0").save_pretrained(folder / "net")
+    PreTrainedTokenizerFast(tokenizer_object=words, unk_token="w0").save_pretrained(folder / NET)
     random = np.random.default_rng(0)
-    for name, count in (("train.txt", 16 * 6 + 3), ("test.txt", 16 * 5)):
+    for name, count in (("calibration.txt", 16 * 6 + 3), ("evaluation.txt", 16 * 5)):
         (folder / name).write_text(" ".join(random.choice(WORDS, count)))
-    (folder / "task.py").write_text(TASK)
+    (folder / "task.py").write_text(TASK.replace("length = 2048", "length = 16"))
     (folder / "job.yaml").write_text(JOB)
     yield folder
 
@@ -85,14 +77,14 @@ def test_a_job_prunes_the_rows_of_a_folders_model_and_transformers_opens_the_exp
         done = hpcprune(*words)
         assert done.code == 0, done.err
 
-    before, after = (AutoModelForCausalLM.from_pretrained(path) for path in (saved / "net", folder))
+    before, after = (AutoModelForCausalLM.from_pretrained(path) for path in (saved / NET, folder))
     for name, module in after.named_modules():
         if isinstance(module, nn.Linear) and name != "lm_head":  # which is tied to the embedding
             assert (module.weight == 0).sum(1).tolist() == [module.in_features // 2] * module.out_features
             survives = module.weight != 0
             assert torch.equal(module.weight[survives], before.get_submodule(name).weight[survives])
     assert torch.equal(after.lm_head.weight, before.lm_head.weight)
-    text = (saved / "test.txt").read_text()
+    text = (saved / "evaluation.txt").read_text()
     rows = torch.tensor(AutoTokenizer.from_pretrained(folder)(text)["input_ids"]).view(5, 16)
     with torch.no_grad():
         perplexities = [math.exp(model(rows, labels=rows).loss) for model in (before, after)]
@@ -159,7 +151,7 @@ def test_a_gguf_file_gives_the_weights_that_transformers_own_reader_gives(
 
 def test_files_that_are_cut_short_are_named(saved: Path, tmp_path: Path) -> None:
     _write_gguf(tmp_path / "net.gguf", gguf.GGMLQuantizationType.F32)
-    shutil.copytree(saved / "net", tmp_path / "net")
+    shutil.copytree(saved / NET, tmp_path / "net")
     for file, opened in ((tmp_path / "net.gguf",) * 2, (tmp_path / "net/model.safetensors", tmp_path / "net")):
         content = file.read_bytes()
         for share in (0.001, 0.02, 0.5, 0.999):
@@ -176,7 +168,7 @@ def test_what_is_no_model_is_refused_with_what_to_do(saved: Path, tmp_path: Path
     (tmp_path / "config.json").write_text('{"model_type": "nonesuch"}')
     with pytest.raises(WeightsError, match=r"transformers cannot open it: .*nonesuch"):
         load_model(tmp_path)
-    shutil.copy(saved / "net/config.json", tmp_path)
+    shutil.copy(saved / NET / "config.json", tmp_path)
     with pytest.raises(WeightsError, match=r"transformers cannot open it"):  # no weights
         load_model(tmp_path)
     with pytest.raises(WeightsError, match=r"transformers cannot open it"):
@@ -185,7 +177,7 @@ def test_what_is_no_model_is_refused_with_what_to_do(saved: Path, tmp_path: Path
 
 def test_a_text_shorter_than_a_row_is_refused_before_any_work(saved: Path, tmp_path: Path, hpcprune: Command) -> None:
     job = shutil.copytree(saved, tmp_path / "job") / "job.yaml"
-    (job.parent / "train.txt").write_text("w1 w2 w3")
+    (job.parent / "calibration.txt").write_text("w1 w2 w3")
     done = hpcprune("run", job, "--out", tmp_path / "run")
     done.assert_refused("Words: the text has 3 tokens, fewer than a row of 16; give more text, or a smaller `length`")
     assert not (tmp_path / "run").exists()

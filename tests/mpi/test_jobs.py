@@ -24,7 +24,7 @@ SHORTER = {"minilm": ("LENGTH = 64 ", "LENGTH = 12 ", ["evaluate.sparse=never", 
 
 def test_every_job_is_here() -> None:
     others = {path.parent.name for path in ROOT.glob("jobs/*/job.yaml")} - {"mnist"}  # which the README's test runs
-    assert others == set(JOBS)
+    assert others == {*JOBS, "smollm2"}
 
 
 @pytest.mark.parametrize("job", JOBS)
@@ -47,3 +47,16 @@ def test_a_job_in_its_short_form(mpirun: Launch, tmp_path: Path, job: str) -> No
     assert report["primary"] == metric and last["sparsity"] == pytest.approx(0.5, abs=0.01)
     reached = last["metrics"][metric]
     assert reached > bound if report["higher_is_better"] else reached < bound
+
+
+def test_half_of_a_language_model_goes_in_the_memory_of_its_weights(mpirun: Launch, tmp_path: Path) -> None:
+    command = ("hpcprune", "run", ROOT / "jobs/smollm2/job.yaml", "task=task.py:Brief", "--out", tmp_path)
+    done = mpirun(2, *command, timeout=280)
+    assert done.returncode == 0, done.stderr
+    report = json.loads((tmp_path / "report.json").read_text())
+    dense, pruned, _ = (each["metrics"]["perplexity"] for each in report["evaluations"])
+    # Of a script of a few lines without hpcprune, on one process: all inputs' norms, then each row's lower half.
+    assert dense == pytest.approx(28.6, rel=0.01) and pruned == pytest.approx(67.0, rel=0.03)
+    weights, imports, block = 538e6, 0.42e9, 0.1e9  # of which the head's is the largest: 256 x 49,152 logits, twice
+    parsed = 0.3e9  # what reading the file's vocabulary and its largest tensor takes for a while
+    assert max(rank["peak_memory_bytes"] for rank in report["rank_loads"]) < weights + imports + block + parsed
