@@ -66,6 +66,9 @@ class Prune(Section):
     parameter or of its module."""
     exclude: tuple[Text, ...] = ()
     """Which of the included are left alone: patterns like those of `include`."""
+    every_steps: Count | None = None
+    """The rounds are one retraining, of `retrain`'s length and learning rates in all, which is pruned before its first
+    step and after each so many; null for a retraining a round."""
     until: Text | None = None
     """A goal: the rounds go on while a metric meets it, and where one misses it, the highest sparsity that does not is
     searched for; `sparsity` is the most that is tried."""
@@ -139,6 +142,17 @@ class Prune(Section):
             raise refuse("schedule: layer-by-layer ranks no layers together; write scope: layer (or row)")
         if self.schedule == "layer-by-layer" and self.rounds == 1:
             raise refuse("rounds: 1 would prune all layers at once; write the number of layers, or schedule: one-shot")
+        return self
+
+    @pydantic.model_validator(mode="after")
+    def _steps_of_one_retraining(self) -> Prune:
+        if self.every_steps is None:
+            return self
+        if self.rounds == 1:
+            raise refuse("every_steps: rounds: 1 prunes once, before the first step; give more rounds")
+        for key in ("until", "rewind"):
+            if getattr(self, key) is not None:
+                raise refuse(f"every_steps goes on with one retraining, and {key} begins anew; remove one of them")
         return self
 
     @pydantic.model_validator(mode="after")

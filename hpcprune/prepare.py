@@ -21,6 +21,7 @@ from hpcprune.evaluate import figures_of
 from hpcprune.job import Job
 from hpcprune.launch import check_gpus
 from hpcprune.layers import check_rows, find_layers
+from hpcprune.schedule import steps_of_round
 from hpcprune.seeds import seed_all
 from hpcprune.shards import Layer, Span, deal
 from hpcprune.statistics import Calibration
@@ -105,6 +106,11 @@ def _prepare(job: Job, world: World, threads: int, device: torch.device, gpus: l
         assert job.train is not None
         dense = plan_steps(job.train, samples, world.size, "train")
     retrain = _rewound(job, plan_steps(job.retrain, samples, world.size, "retrain"), dense)
+    if not steps_of_round(job.prune, job.prune.rounds, retrain.steps):
+        raise JobError(
+            f"prune.every_steps: {job.prune.rounds} prunings, one every {job.prune.every_steps} steps, take more than "
+            f"the {retrain.steps} steps of retrain; retrain for longer, or prune less often"
+        )
     model.to(device)
     _rehearse(job, task, model, layers, data)
     shards = deal(layers, world.size, whole_rows=job.prune.scope == "row")

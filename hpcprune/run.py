@@ -33,7 +33,7 @@ from hpcprune.report.write import write_json
 from hpcprune.resuming import resume
 from hpcprune.rounds import next_share, prune_round
 from hpcprune.saving import Saver
-from hpcprune.schedule import name_of_round
+from hpcprune.schedule import name_of_round, steps_of_round
 from hpcprune.slurm import seconds_left
 from hpcprune.snapshot import take_result
 from hpcprune.stage import Carried, begin_stage
@@ -153,7 +153,8 @@ class Run:
     def _prune(self, share: float) -> None:
         """Begin a round: prune to its share of the sparsity."""
         prune, ledger = self.job.prune, self.ledger
-        ledger.round, ledger.step, ledger.complete = ledger.round + 1, 0, False
+        ledger.round, ledger.complete = ledger.round + 1, False
+        ledger.step = steps_of_round(prune, ledger.round, self.prepared.retrain.steps).start
         ledger.packed = ledger.sparse = None
         self.journal.stage("prune", ledger, self.masks.sparsity)
         found = prune_round(self.job, self.prepared, self.masks, ledger, share, self._carried, self.world, self.display)
@@ -227,10 +228,12 @@ class Run:
             return  # not even survivors are laid out, which would take as much memory again
         decided = ledger.packed, ledger.sparse
         trainer = self._begin(stage)
-        plan, due = trainer.plan, False
-        self.journal.stage(stage, ledger, self.masks.sparsity, plan.steps)
-        job, begun = self.job, ledger.step
-        later = max(0, job.prune.rounds - ledger.round) * self.prepared.retrain.steps
+        job, begun, due = self.job, ledger.step, False
+        all_steps = self.prepared.retrain.steps
+        steps = range(trainer.plan.steps) if stage == "train" else steps_of_round(job.prune, ledger.round, all_steps)
+        rounds = [steps_of_round(job.prune, number, all_steps) for number in range(1, job.prune.rounds + 1)]
+        later = sum(map(len, rounds[ledger.round :]))
+        self.journal.stage(stage, ledger, self.masks.sparsity, steps.stop)
         if (
             ledger.packed,
             ledger.sparse,
@@ -238,9 +241,9 @@ class Run:
             self.saver.begin(self.masks, ledger, self._state_of(trainer))
             self.saver.finish(ledger)
         title = f"{self._name}: {stage}" if ledger.round else stage
-        with self.display.stage(title, plan.steps, ledger.step) as progress:
+        with self.display.stage(title, steps.stop, ledger.step) as progress:
             self._keep_early(stage)
-            while ledger.step < plan.steps:
+            while ledger.step < steps.stop:
                 sent = self.exchange.bytes_sent
                 step = trainer.step(ledger.step, bool(self.stop), self.saver.done, self.saver.late)
                 self.journal.step(stage, ledger, step, trainer, self.exchange.bytes_sent - sent, later)
@@ -252,16 +255,16 @@ class Run:
                 self._keep_early(stage)
                 if ledger.step == begun + PACED and self.world.rank == 0:
                     self._warn(
-                        late_checkpoint(job.checkpoint, self.journal.pace, seconds_left(), plan.steps - ledger.step)
+                        late_checkpoint(job.checkpoint, self.journal.pace, seconds_left(), steps.stop - ledger.step)
                     )
                 if step.written:
                     self.saver.advance(ledger)
                 due |= self.saver.due(ledger.run_step, step.due)
-                if step.stop or (due and self.saver.idle and ledger.step < plan.steps):
+                if step.stop or (due and self.saver.idle and ledger.step < steps.stop):
                     self.saver.begin(self.masks, ledger, self._state_of(trainer))
                     due = False
                 if step.stop:
-                    self._stopped(f"{title}, step {ledger.step} of {plan.steps}")
+                    self._stopped(f"{title}, step {ledger.step} of {steps.stop}")
         self.saver.finish(self.ledger)
         self._end(trainer)
         average_batch_norm(self.model, self.world)

@@ -19,6 +19,7 @@ __all__ = [
     "pruned_count",
     "share_of_round",
     "sparsity_of_round",
+    "steps_of_round",
 ]
 
 
@@ -52,6 +53,16 @@ def name_of_round(prune: Prune, number: int) -> str:
 def layers_of_round(layers: int, rounds: int, number: int) -> int:
     """The first of `layers` layers that are pruned by the end of a round of layer-by-layer; those behind it are too."""
     return layers - layers * number // rounds
+
+
+def steps_of_round(prune: Prune, number: int, steps: int) -> range:
+    """The steps of round `number`'s retraining, of `steps` steps: all, or its part of the one that all rounds share.
+
+    Zhu and Gupta, equation 1, with Delta t = `prune.every_steps` and t_0 = 0.
+    """
+    if prune.every_steps is None:
+        return range(steps)
+    return range((number - 1) * prune.every_steps, steps if number == prune.rounds else number * prune.every_steps)
 
 
 def pruned_count(total: int, sparsity: float) -> int:

@@ -79,7 +79,8 @@ def begin_stage(
         sparse = ledger.sparse if packing and ledger.sparse else ()
         survivors = Survivors(prepared.model, pruned, order=ledger.order, packing=packing, sparse=sparse)
         sender, left = _sender(stage, job, training, survivors, world, exchange, carried)
-        name = (job.seed, stage, ledger.round)
+        # Rounds that share a retraining share its samples' order too.
+        name = (job.seed, stage, ledger.round if job.prune.every_steps is None else min(ledger.round, 1))
         task, model, data = prepared.task, prepared.model, prepared.data.train
         bucket_mb = job.retrain.bucket_mb
         layers, criterion = {layer.name for layer in prepared.layers}, CRITERIA[job.prune.criterion]

@@ -411,6 +411,11 @@ def test_an_override_cannot_reach_into_what_is_no_section(write: Write) -> None:
             "and has none to search with schedule: layer-by-layer",
         ),
         (["prune.until=loss <= 1", "prune.criterion=movement"], "movement is not kept of the networks that until goes"),
+        (["prune.every_steps=5"], "every_steps: rounds: 1 prunes once, before the first step; give more rounds"),
+        (
+            ["prune.every_steps=5", "prune.rounds=2", "prune.rewind=0"],
+            "every_steps goes on with one retraining, and rewind begins anew; remove one of them",
+        ),
         (["prune.schedule=layer-by-layer"], "schedule: layer-by-layer ranks no layers together; write scope: layer"),
         (["prune.scope=layer", "prune.schedule=layer-by-layer"], "rounds: 1 would prune all layers at once"),
         (
@@ -562,6 +567,7 @@ def test_the_page_says_what_the_schema_says(write: Write, key: Key) -> None:
     beside |= {"distribution": ["scope=layer"], "layers": ["scope=row"], "samples": ["criterion=wanda"]}
     beside |= {"start": ["lr_schedule.name=rewind"]}
     *sections, last = key.name.split(".")
+    beside |= {"every_steps": ["rounds=2"]} if sections == ["prune"] else {}
     beside |= {"batch_size": ["criterion=fisher"]} if "calibrate" in sections else {}
     needed = [f"{sections[0]}.{other}" for other in beside.get(last, [])]
     value = yaml.safe_load(example.strip("`"))
