@@ -14,6 +14,7 @@ from hpcprune.version import __version__
 if TYPE_CHECKING:
     from hpcprune.compression import Compression
     from hpcprune.ddp import ddp_hook
+    from hpcprune.graph import Graph
     from hpcprune.language import LanguageModel
     from hpcprune.loading import load
     from hpcprune.masks import Masks
@@ -26,6 +27,7 @@ __all__ = [
     "Classifier",
     "Compression",
     "Data",
+    "Graph",
     "HpcpruneError",
     "LanguageModel",
     "Masks",
@@ -42,6 +44,7 @@ _HOMES = {
     "Classifier": "task",
     "Compression": "compression",
     "Data": "task",
+    "Graph": "graph",
     "LanguageModel": "language",
     "Masks": "masks",
     "Survivors": "survivors",

@@ -14,6 +14,7 @@ from torch.utils.data import Dataset, default_collate
 from torchmetrics import Metric
 
 from hpcprune.flops import Flops, count_flops
+from hpcprune.graph import graphs_of, with_whole_graphs
 from hpcprune.task import Task, to_device
 from hpcprune.world import World, part_of_rank
 
@@ -96,10 +97,20 @@ def inference_seconds(task: Task, models: Sequence[nn.Module], batch: Any, devic
 
 
 def model_flops(task: Task, model: nn.Module, dataset: Dataset[Any], densities: Mapping[str, float]) -> Flops:
-    """FLOPs to infer one sample, dense and as the survivors need, by layer too."""
+    """FLOPs to infer one sample, dense and as the survivors need, by layer too.
+
+    What edges cost is counted with and without the pruned ones, which a graph leaves out itself.
+    """
     batch = to_device(default_collate([dataset[0]]), next(model.parameters()).device)
-    flops = count_flops(_Predict(task, model), (batch,), {f"model.{name}": value for name, value in densities.items()})
-    return replace(flops, by_layer={name.removeprefix("model."): value for name, value in flops.by_layer.items()})
+    graphs = graphs_of(model)
+    of_weights = {f"model.{name}": value for name, value in densities.items() if name not in graphs}
+    flops = count_flops(_Predict(task, model), (batch,), of_weights)
+    whole = count_flops(_Predict(task, with_whole_graphs(model)), (batch,), of_weights) if graphs else flops
+    by_layer = {
+        name.removeprefix("model."): (dense, flops.by_layer.get(name, (0, 0))[1])
+        for name, (dense, _) in whole.by_layer.items()
+    }
+    return replace(flops, dense=whole.dense, by_layer=by_layer)
 
 
 class _Predict(nn.Module):

@@ -5,9 +5,10 @@ Each operation is booked to the parameter whose values it multiplied, found by f
 modules: a weight that is used twice, used through `torch.nn.functional`, transposed, cut, cast or reparametrised first
 is booked all the same. A layer's FLOPs then shrink with its survivors.
 
-Counted are the products: matrix products, convolutions, recurrent cells, attention. A multiply-add is two FLOPs. As in
-torch, biases, activations, normalisations and lookups are not counted. Operations that torch has no formula for have
-one here: fused recurrent layers (oneDNN, cuDNN, MIOpen), products with a vector, attention on the CPU, bilinear forms.
+Counted are the products: matrix products, convolutions, recurrent cells, attention, and the messages of graphs, each
+multiplied and added where it arrives. A multiply-add is two FLOPs. As in torch, biases, activations, normalisations and
+lookups are not counted. Operations that torch has no formula for have one here: fused recurrent layers (oneDNN, cuDNN,
+MIOpen), products with a vector, attention on the CPU, bilinear forms, additions by index, products with sparse matrices.
 """
 
 from __future__ import annotations
@@ -237,6 +238,8 @@ def _products(operation: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out
     if operation in _OWN:
         return _OWN[operation](args, out)
     operands = args[1:3] if operation in (aten.addmm, aten.baddbmm) else args[:2]  # without what is only added
+    if getattr(operands[0], "layout", torch.strided) != torch.strided:
+        return [(2 * operands[0]._nnz() * operands[1].shape[-1], operands)]
     return [(flop_registry[operation](*args, **kwargs, out_val=out), operands)]
 
 
@@ -273,6 +276,12 @@ def _recurrent(args: tuple[Any, ...], out: Any) -> list[Product]:
     return [(2 * used * weight.numel(), (weight,)) for weight in weights if weight.dim() == 2]
 
 
+def _messages(args: tuple[Any, ...], out: Tensor) -> list[Product]:
+    """What is added by index, as messages to the nodes that they go to; booked to the graph that the index is of."""
+    _, _, index, added = args[:4]
+    return [(2 * added.numel(), (index,))]
+
+
 _OWN: Mapping[Any, Callable[[tuple[Any, ...], Any], list[Product]]] = {
     aten.mv: _with_vector,
     aten.addmv: _with_vector,
@@ -283,4 +292,8 @@ _OWN: Mapping[Any, Callable[[tuple[Any, ...], Any], list[Product]]] = {
     aten.mkldnn_rnn_layer: _recurrent,
     aten._cudnn_rnn: _recurrent,
     aten.miopen_rnn: _recurrent,
+    aten.scatter_add: _messages,
+    aten.scatter_add_: _messages,
+    aten.index_add: _messages,
+    aten.index_add_: _messages,
 }

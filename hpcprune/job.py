@@ -10,17 +10,19 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import pydantic
 import yaml
 from pydantic import BeforeValidator, Field, PrivateAttr, ValidationInfo
+from pydantic_core import PydanticKnownError
 
-from hpcprune.criteria import CRITERIA, Scope
+from hpcprune.criteria import CRITERIA, Criterion, Scope, criteria_of
 from hpcprune.errors import show
 from hpcprune.section import PARSED, Count, Fraction, Positive, Section, Text, refuse
+from hpcprune.shards import Kind
 from hpcprune.training import Retraining, Training
 from hpcprune.until import parse
 
@@ -41,13 +43,37 @@ class Calibrate(Section):
     """Samples a batch; each rank takes batches of its own."""
 
 
+class GraphPruning(Section):
+    """What is pruned of the graph that a network works on."""
+
+    criterion: str = Field(default="magnitude", json_schema_extra={"enum": criteria_of("edges")})
+    """How an edge is scored; the lowest scores go. magnitude is that of the learned mask."""
+    edges: Fraction | None = None
+    """The share of the edges that is gone at the end, those of nodes that went among them."""
+    nodes: Fraction | None = None
+    """The share of the nodes that has lost all edges at the end; those go whose edges' scores have the lowest sums."""
+
+    @pydantic.field_validator("criterion")
+    @classmethod
+    def _known(cls, value: str) -> str:
+        return _one_of(value, "edges")
+
+
+def _one_of(criterion: str, kind: Kind) -> str:
+    if criterion not in criteria_of(kind):
+        raise ValueError("unknown criterion")
+    return criterion
+
+
 class Prune(Section):
     """What is pruned, how much of it, and over how many rounds."""
 
-    criterion: str = Field(default="magnitude", json_schema_extra={"enum": list(CRITERIA)})
+    what: tuple[Literal["weights", "edges", "nodes"], ...] = Field(default=("weights",), min_length=1)
+    """What goes: weights of the network, and edges and nodes of the graph that it works on."""
+    criterion: str = Field(default="magnitude", json_schema_extra={"enum": criteria_of("weights")})
     """How a weight is scored; the lowest scores go."""
-    sparsity: Fraction
-    """The share of the prunable weights that is gone at the end."""
+    sparsity: Fraction = Field(default=None, validate_default=True)
+    """The share of the prunable weights that is gone at the end; it must be given where weights go."""
     scope: Scope = Field(default=None, validate_default=True)
     """What is ranked together: all layers, each layer by itself, or each output (row) of each layer; where it is not
     given, row for wanda and global for the others."""
@@ -77,15 +103,31 @@ class Prune(Section):
     those before the first step."""
     embeddings: bool = False
     """Whether the weights of embeddings are prunable too, those that are tied to another layer among them."""
+    graph: GraphPruning | None = None
+    """What of the graph goes, where edges or nodes do."""
     calibrate: Calibrate | None = Field(default=None, validate_default=True)
-    """The samples that are looked at by sensitivity, snip, fisher and wanda."""
+    """The samples that are looked at by sensitivity, snip, fisher, wanda and attention."""
+
+    @property
+    def criteria(self) -> dict[Kind, Criterion]:
+        """How layers of each kind that is pruned are scored."""
+        return _criteria(self.what, self.criterion, self.graph)
 
     @pydantic.field_validator("criterion")
     @classmethod
     def _known(cls, value: str) -> str:
-        if value not in CRITERIA:
-            raise ValueError("unknown criterion")
-        return value
+        return _one_of(value, "weights")
+
+    @pydantic.field_validator("sparsity", mode="before")
+    @classmethod
+    def _sparsity_of_weights(cls, value: Any, info: ValidationInfo) -> Any:
+        if "weights" in info.data.get("what", ("weights",)):
+            if value is None:
+                raise PydanticKnownError("missing")
+            return value
+        if value:
+            raise refuse(f"{show(value)} is the share of the weights that goes, and what leaves them out; remove it")
+        return 0.0
 
     @pydantic.field_validator("scope", mode="before")
     @classmethod
@@ -98,11 +140,14 @@ class Prune(Section):
     @pydantic.field_validator("calibrate", mode="before")
     @classmethod
     def _calibrate_of_criterion(cls, value: Any, info: ValidationInfo) -> Any:
-        criterion = CRITERIA.get(info.data.get("criterion", ""))
-        if criterion is None or criterion.calibrates:
+        if not {"what", "criterion", "graph"} <= info.data.keys():
+            return value  # what is wrong with them is told of already
+        criteria = _criteria(info.data["what"], info.data["criterion"], info.data["graph"]).values()
+        if any(criterion.calibrates for criterion in criteria):
             return {} if value is None else value
         if value is not None:
-            raise refuse(f"{criterion.name} looks at {criterion.looks_at} alone, not at samples; remove calibrate")
+            looks = " and ".join(dict.fromkeys(f"{each.name} looks at {each.looks_at}" for each in criteria))
+            raise refuse(f"{looks} alone, not at samples; remove calibrate")
         return None
 
     @pydantic.field_validator("schedule", mode="before")
@@ -111,6 +156,18 @@ class Prune(Section):
         if value is None:
             return "one-shot" if info.data.get("rounds", 1) == 1 else "cubic"
         return value
+
+    @pydantic.model_validator(mode="after")
+    def _graph_as_asked(self) -> Prune:
+        for thing in ("edges", "nodes"):
+            share = None if self.graph is None else getattr(self.graph, thing)
+            if thing in self.what and share is None:
+                raise refuse(f"what: {thing} are to go, and nothing says how many; write graph: {{{thing}: 0.2}}")
+            if thing not in self.what and share is not None:
+                raise refuse(f"graph.{thing}: {share:g} are to go, and what does not name them; add {thing} to what")
+        if self.graph is not None and not {"edges", "nodes"} & {*self.what}:
+            raise refuse("graph: what names neither edges nor nodes; add one of them to what, or remove graph")
+        return self
 
     @pydantic.model_validator(mode="after")
     def _sparsity_by_layer(self) -> Prune:
@@ -160,6 +217,11 @@ class Prune(Section):
         if self.schedule == "one-shot" and self.rounds != 1:
             raise refuse(f"one-shot is 1 round, not {self.rounds}; write schedule: cubic (or linear), or rounds: 1")
         return self
+
+
+def _criteria(what: Sequence[str], criterion: str, graph: GraphPruning | None) -> dict[Kind, Criterion]:
+    found: dict[Kind, Criterion] = {"weights": CRITERIA[criterion]} if "weights" in what else {}
+    return found if graph is None else found | {"edges": CRITERIA[graph.criterion]}
 
 
 class Evaluate(Section):
@@ -248,9 +310,10 @@ class Job(Section):
 
     @pydantic.model_validator(mode="after")
     def _criterion_can_work(self) -> Job:
-        refusal = CRITERIA[self.prune.criterion].refusal(self)
-        if refusal:
-            raise refuse(f"prune.criterion: {refusal}")
+        for kind, criterion in self.prune.criteria.items():
+            refusal = criterion.refusal(self)
+            if refusal:
+                raise refuse(f"prune.{'graph.' if kind == 'edges' else ''}criterion: {refusal}")
         return self
 
     def model_post_init(self, context: Any, /) -> None:

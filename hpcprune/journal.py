@@ -65,8 +65,16 @@ class Journal:
         )
         self._pulse.advance(ledger.step, later)
 
-    def evaluation(self, ledger: Ledger, when: str, sparsity: float, metrics: dict[str, float], seconds: float) -> None:
-        """The network was evaluated."""
+    def evaluation(
+        self,
+        ledger: Ledger,
+        when: str,
+        sparsity: float,
+        graph: dict[str, tuple[int, int]] | None,
+        metrics: dict[str, float],
+        seconds: float,
+    ) -> None:
+        """The network was evaluated: at a sparsity of its weights, and with what is left of its graph, if it has one."""
         ledger.add_seconds("evaluate", seconds)
         found = {
             "when": when,
@@ -76,6 +84,8 @@ class Journal:
             "metrics": metrics,
             "seconds": seconds,
         }
+        if graph is not None:
+            found["graph"] = {thing: 1 - left / had for thing, (had, left) in graph.items()}
         ledger.evaluations.append(found)
         self._pulse.evaluation(metrics)
         self._log("evaluation", ledger, **found)

@@ -3,7 +3,8 @@
 By default these are the weights of linear, convolutional and recurrent layers, whatever the model is built from; linear
 layers of other libraries are known by their full names, as those libraries need not be there. A weight that an
 embedding or a norm also uses (tied weights) is theirs and stays. Patterns from the job file narrow the choice down;
-they match the parameter's name, or the name of the module that holds it, as shell patterns do.
+they match the parameter's name, or the name of the module that holds it, as shell patterns do. The edges of graphs are
+layers too, where they are asked for.
 """
 
 from __future__ import annotations
@@ -16,7 +17,8 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 
 from hpcprune.errors import JobError
-from hpcprune.shards import Layer
+from hpcprune.graph import graphs_of
+from hpcprune.shards import Kind, Layer
 from hpcprune.tensors import dtype_name
 
 __all__ = ["check_rows", "find_layers", "is_linear", "is_transposed_linear", "matching"]
@@ -27,20 +29,41 @@ _ATTENTION_WEIGHTS = ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_pro
 
 
 def find_layers(
-    model: nn.Module, include: Sequence[str] = ("*",), exclude: Sequence[str] = (), *, embeddings: bool = False
+    model: nn.Module,
+    include: Sequence[str] = ("*",),
+    exclude: Sequence[str] = (),
+    *,
+    embeddings: bool = False,
+    kinds: Sequence[Kind] = ("weights",),
 ) -> list[Layer]:
     """The prunable layers of a model, in the order of `named_parameters`, each parameter once.
 
     Args:
+        include, exclude: patterns on the layers of weights.
         embeddings: whether those of embeddings are too.
+        kinds: of the layers.
 
     Raises:
-        JobError: a pattern matches nothing, no layer is left, a layer's weight is computed from other parameters, or a
-            shape is not known yet.
+        JobError: a pattern matches nothing, no layer of a kind is left, a layer's weight is computed from other
+            parameters, or a shape is not known yet.
     """
     for name, parameter in model.named_parameters():
         if is_lazy(parameter):
             raise JobError(f"the shape of {name} is not known yet; call the model once on a batch before")
+    weights = _layers_of_weights(model, include, exclude, embeddings=embeddings) if "weights" in kinds else []
+    edges = _graphs(model) if "edges" in kinds else []
+    chosen: dict[str, Kind] = dict.fromkeys(weights, "weights")
+    chosen |= dict.fromkeys(edges, "edges")
+    return [
+        Layer(name, tuple(parameter.shape), dtype_name(parameter), chosen[name])
+        for name, parameter in model.named_parameters()
+        if name in chosen
+    ]
+
+
+def _layers_of_weights(
+    model: nn.Module, include: Sequence[str], exclude: Sequence[str], *, embeddings: bool
+) -> list[str]:
     of_embeddings = {id(parameter) for parameter in _embedded(model)}
     weights = {id(parameter) for _, parameter in _weights(model)}
     prunable = weights | of_embeddings if embeddings else weights - of_embeddings
@@ -69,8 +92,17 @@ def find_layers(
     if not chosen:
         reason = f"prune.include and prune.exclude leave none of {len(names)}" if names else _no_layers(model)
         raise JobError(f"no prunable layer: {reason}")
-    parameters = dict(model.named_parameters())
-    return [Layer(name, tuple(parameters[name].shape), dtype_name(parameters[name])) for name in chosen]
+    return chosen
+
+
+def _graphs(model: nn.Module) -> list[str]:
+    graphs = [name for name, graph in graphs_of(model).items() if len(graph.weight)]
+    if not graphs:
+        raise JobError(
+            f"prune.what: edges or nodes are to go, and {type(model).__name__} has no graph; hold its edges in a "
+            "hpcprune.Graph(edge_index, nodes), a part of the model (docs/graphs.md), or write what: [weights]"
+        )
+    return graphs
 
 
 def matching(pattern: str, names: Sequence[str]) -> list[str]:

@@ -19,7 +19,7 @@ from torch import nn
 
 from hpcprune.errors import HpcpruneError, WorldError
 from hpcprune.native.survivors import popcount
-from hpcprune.shards import Layer, Span
+from hpcprune.shards import Kind, Layer, Span
 from hpcprune.world import World, as_ranges
 
 __all__ = ["Masks", "gather_masks", "refuse_other_masks"]
@@ -45,6 +45,17 @@ class Masks(Mapping[str, torch.Tensor]):
     def full(cls, layers: Sequence[Layer]) -> Masks:
         """Masks that prune nothing."""
         return cls(layers, [np.packbits(np.ones(layer.weights, np.bool_), bitorder="little") for layer in layers])
+
+    def of(self, kind: Kind) -> Masks:
+        """Those of the layers of a kind."""
+        layers = [layer for layer in self.layers if layer.kind == kind]
+        return Masks(layers, [self._bits[layer.name] for layer in layers])
+
+    def updated(self, others: Masks) -> Masks:
+        """These, with others in place of those of the same layers."""
+        return Masks(
+            self.layers, [(others if layer.name in others else self).bits(layer.name) for layer in self.layers]
+        )
 
     def __getitem__(self, name: str) -> torch.Tensor:
         shape = self._shapes[name]

@@ -16,6 +16,7 @@ from torch import nn
 
 from hpcprune.evaluate import inference_seconds, model_flops, timed_batch
 from hpcprune.folder import RunFolder
+from hpcprune.graph import graph_left
 from hpcprune.host import cpu_name, peak_memory, versions
 from hpcprune.job import Job
 from hpcprune.ledger import Ledger
@@ -86,7 +87,7 @@ def weight_histogram(model: nn.Module, masks: Masks, edges: Iterable[float] | No
     parameters = dict(model.named_parameters())
     if edges is None:
         spread = [parameters[name].detach().double().square().sum().item() for name in masks]
-        limit = WIDTH * (sum(spread) / masks.weights) ** 0.5 or 1.0
+        limit = WIDTH * (sum(spread) / max(1, masks.weights)) ** 0.5 or 1.0
         edges = np.linspace(-limit, limit, BINS + 1)
     borders = np.asarray(list(edges))
     counts = np.zeros(len(borders) - 1, np.int64)
@@ -153,13 +154,14 @@ def build_report(
     timed = {f"{layer['name']}.weight": layer for layer in (inference["sparse"] or {}).get("layers", ())}
     undone = not timed or inference["sparse"]["undone"]
     kernels = {} if undone else {name: layer["kernel"] for name, layer in timed.items()}
-    histogram = weight_histogram(prepared.model, masks, ledger.dense["histogram"]["edges"])
+    histogram = weight_histogram(prepared.model, masks.of("weights"), ledger.dense["histogram"]["edges"])
     layers = []
     for layer in masks.layers:
         dense, survivors = flops.by_layer.get(layer.name, (0, 0))
         layers.append(
             {
                 "name": layer.name,
+                "kind": layer.kind,
                 "shape": list(layer.shape),
                 "dtype": layer.dtype,
                 "weights": layer.weights,
@@ -187,11 +189,12 @@ def build_report(
         "model": {
             "class": type(prepared.model).__name__,
             "parameters": sum(parameter.numel() for parameter in prepared.model.parameters()),
-            "prunable": masks.weights,
+            "prunable": masks.of("weights").weights,
         },
         "primary": prepared.task.primary,
         "higher_is_better": prepared.task.higher_is_better,
         "layers": layers,  # type: ignore[typeddict-item]
+        "graph": graph_left(prepared.model, masks),
         "goal": _goal(job, ledger),
         "evaluations": ledger.evaluations,  # type: ignore[typeddict-item]
         "costs": costs,

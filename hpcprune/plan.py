@@ -44,7 +44,9 @@ def make_plan(job: Job, prepared: Prepared, ranks: int) -> Plan:
     trained = {name: each for name, each in prepared.model.named_parameters() if each.requires_grad}
     prunable = [trained[layer.name] for layer in layers if layer.name in trained]
     weights, packing = sum(each.numel() for each in prunable), job.retrain.packing != "never"
-    gone = pruned_count(weights, job.prune.sparsity)
+    edges = sum(trained[layer.name].numel() for layer in prepared.of("edges")[0] if layer.name in trained)
+    of_edges = 0.0 if job.prune.graph is None else job.prune.graph.edges or 0.0
+    gone = pruned_count(weights - edges, job.prune.sparsity) + pruned_count(edges, of_edges)
     share = gone / max(1, weights) if packing else 0.0
     dense, packed = _bytes(trained.values()), _bytes(trained.values()) - round(share * _bytes(prunable))
     width = WIRE_BYTES[job.retrain.wire]

@@ -12,9 +12,9 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from hpcprune.criteria import CRITERIA
+from hpcprune.criteria import Criterion
 from hpcprune.distribution import sparsities_of_layers
 from hpcprune.errors import JobError, NumericsError, TaskError
 from hpcprune.evaluate import figures_of
@@ -23,7 +23,7 @@ from hpcprune.launch import check_gpus
 from hpcprune.layers import check_rows, find_layers
 from hpcprune.schedule import steps_of_round
 from hpcprune.seeds import seed_all
-from hpcprune.shards import Layer, Span, deal
+from hpcprune.shards import Kind, Layer, Span, deal, shards_of_kind
 from hpcprune.statistics import Calibration
 from hpcprune.task import Data, Task, build_data, build_model, call_user, load_task
 from hpcprune.train import Plan, plan_steps
@@ -52,6 +52,10 @@ class Prepared:
         """Where the model is."""
         return next(self.model.parameters()).device
 
+    def of(self, kind: Kind) -> tuple[list[Layer], list[list[Span]]]:
+        """The layers of a kind, and what of them each rank owns."""
+        return shards_of_kind(self.layers, self.shards, kind)
+
     @property
     def dense_bytes(self) -> int:
         """Bytes of all parameters and buffers."""
@@ -77,16 +81,20 @@ def _prepare(job: Job, world: World, threads: int, device: torch.device, gpus: l
     task = load_task(job.task, job.folder)
     seed_all(job.seed, "model")
     model = build_model(task)
-    layers = find_layers(model, job.prune.include, job.prune.exclude, embeddings=job.prune.embeddings)
-    sparsities_of_layers(job.prune, layers, 1.0)
-    if job.prune.schedule == "layer-by-layer" and job.prune.rounds > len(layers):
+    layers = find_layers(
+        model, job.prune.include, job.prune.exclude, embeddings=job.prune.embeddings, kinds=[*job.prune.criteria]
+    )
+    of_weights = [layer for layer in layers if layer.kind == "weights"]
+    sparsities_of_layers(job.prune, of_weights, 1.0)
+    if job.prune.schedule == "layer-by-layer" and job.prune.rounds > len(of_weights):
         raise JobError(
-            f"prune.rounds: {job.prune.rounds} is more than the {len(layers)} layers that layer-by-layer goes through; "
-            f"give at most {len(layers)}"
+            f"prune.rounds: {job.prune.rounds} is more than the {len(of_weights)} layers that layer-by-layer goes "
+            f"through; give at most {len(of_weights)}"
         )
-    CRITERIA[job.prune.criterion].check(model, layers)
+    for kind, criterion in job.prune.criteria.items():
+        criterion.check(model, [layer for layer in layers if layer.kind == kind])
     if job.prune.scope == "row":
-        check_rows(model, layers)
+        check_rows(model, of_weights)
     if not any(parameter.requires_grad for parameter in model.parameters()):
         raise TaskError(
             f"task: {type(task).__name__}.model(): none of its parameters requires a gradient, so nothing could be "
@@ -113,6 +121,8 @@ def _prepare(job: Job, world: World, threads: int, device: torch.device, gpus: l
         )
     model.to(device)
     _rehearse(job, task, model, layers, data)
+    if dense is None or not dense.steps:
+        _check_learned(job, model, layers)
     shards = deal(layers, world.size, whole_rows=job.prune.scope == "row")
     return Prepared(task, model, data, layers, shards, dense, retrain, threads)
 
@@ -125,10 +135,16 @@ def _rehearse(job: Job, task: Task, model: nn.Module, layers: Sequence[Layer], d
     def run(batch: Any) -> Any:
         return task.predict(model, batch)
 
-    criterion = CRITERIA[job.prune.criterion]
-    calibration = Calibration(model, data.train, [0], 1, run, run, (job.seed, "rehearsal"), World.alone())
-    if criterion.looks_at == "inputs":
-        criterion.statistic().gather(calibration, layers, deal(layers, 1))
+    def loss(batch: Any) -> Tensor:
+        return task.loss(run(batch), batch)
+
+    calibration = Calibration(model, data.train, [0], 1, run, loss, (job.seed, "rehearsal"), World.alone())
+    for kind, criterion in job.prune.criteria.items():
+        its = [layer for layer in layers if layer.kind == kind]
+        if criterion.looks_at == "inputs":
+            criterion.statistic().gather(calibration, its, deal(its, 1))
+        if kind == "edges" and criterion.of_values:
+            _check_used(calibration, criterion, its)
     if job.retrain.distill is None and job.prune.until is None:
         return
     with calibration.mode(training=False), torch.no_grad():
@@ -140,6 +156,34 @@ def _rehearse(job: Job, task: Task, model: nn.Module, layers: Sequence[Layer], d
             metrics = task.metrics()
             task.update(metrics, output, batch)
             _check_goal(job.prune.until, ["loss", *figures_of(metrics)])
+
+
+def _check_used(calibration: Calibration, criterion: Criterion, graphs: Sequence[Layer]) -> None:
+    """Raise JobError where nothing can be learned of a graph's edges, since the network does not use their numbers."""
+    parameters = [calibration.model.get_parameter(layer.name) for layer in graphs]
+    with calibration.mode(training=False), torch.enable_grad():
+        loss = calibration.loss(calibration.batch([0]))
+        found = torch.autograd.grad(loss, parameters, allow_unused=True) if loss.requires_grad else [None]
+    for layer, gradient in zip(graphs, found, strict=False):
+        if gradient is None:
+            raise JobError(
+                f"prune.graph.criterion: {criterion.name} scores edges by what is learned of them, and the network "
+                f"does not use {layer.name}; hand both that graph() gives to its layers, conv(x, *self.graph()), or "
+                f"write criterion: attention (or random)"
+            )
+
+
+def _check_learned(job: Job, model: nn.Module, layers: Sequence[Layer]) -> None:
+    """Raise JobError where edges would be ranked by magnitudes that are all the same, as nothing is trained before."""
+    criterion = job.prune.criteria.get("edges")
+    graphs = [model.get_parameter(layer.name) for layer in layers if layer.kind == "edges"]
+    if criterion is None or not criterion.of_values or criterion.looks_at != "weights":
+        return
+    if all(len(each.unique()) == 1 for each in graphs):  # type: ignore[no-untyped-call]
+        raise JobError(
+            f"prune.graph.criterion: {criterion.name} ranks edges by what was learned of them, and nothing is trained "
+            "before the first pruning; train first, or write criterion: sensitivity"
+        )
 
 
 def _check_goal(text: str, names: Sequence[str]) -> None:

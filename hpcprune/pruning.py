@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from hpcprune.criteria import CRITERIA, SCOPES, Criterion, Scope
+from hpcprune.criteria import CRITERIA, SCOPES, Criterion, Scope, criteria_of
 from hpcprune.errors import JobError
 from hpcprune.layers import check_rows, find_layers
 from hpcprune.masks import Masks
@@ -71,8 +71,8 @@ def prune(
         raise JobError(f"sparsity: {sparsity!r} is not in [0, 1)")
     if scope not in (None, *SCOPES):
         raise JobError(f"scope: {scope!r} is not one of: {', '.join(SCOPES)}")
-    if criterion not in CRITERIA:
-        raise JobError(f"criterion: {criterion!r} is not one of: {', '.join(CRITERIA)}")
+    if criterion not in criteria_of("weights"):
+        raise JobError(f"criterion: {criterion!r} is not one of: {', '.join(criteria_of('weights'))}")
     chosen = CRITERIA[criterion]
     samples = _count_samples(chosen, data, loss, batch_size)
     target = Target(chosen, scope or chosen.scope, sparsity, seed)

@@ -27,7 +27,7 @@ from hpcprune.world import World
 if TYPE_CHECKING:
     from hpcprune.statistics import Gathered
 
-__all__ = ["Pruned", "Target", "prune_layers"]
+__all__ = ["Pruned", "Target", "prune_layers", "score"]
 
 
 @dataclass(frozen=True)
@@ -72,7 +72,7 @@ def prune_layers(
     clock = [time.perf_counter()]
     fresh = masks.nonzeros == masks.weights
     before = [None if fresh else _slice_bits(masks.bits(layers[span.layer].name), span) for span in own]
-    scored = (_score(parameters, layers[span.layer], span, target, statistic) for span in own)
+    scored = (score(parameters, layers[span.layer], span, target, statistic) for span in own)
     # Rows are ranked layer by layer, so that the scores of one are there at a time.
     pieces = scored if target.scope == "row" else [*scored]
     clock.append(time.perf_counter())
@@ -84,13 +84,14 @@ def prune_layers(
     return Pruned(found, thresholds, seconds)
 
 
-def _score(
+def score(
     parameters: Mapping[str, torch.Tensor],
     layer: Layer,
     span: Span,
     target: Target,
     statistic: Gathered | None,
 ) -> torch.Tensor:
+    """A score for each number of a span that this rank owns; `criterion.absolute` says whether magnitudes count."""
     gathered = None if statistic is None else statistic(span)
     return target.criterion.scores(Piece(layer, span, parameters[layer.name], gathered, target.seed))
 

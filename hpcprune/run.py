@@ -18,6 +18,7 @@ from hpcprune.evaluate import evaluate
 from hpcprune.exchange.choose import open_exchange
 from hpcprune.exchange.wire import travelling_dtypes
 from hpcprune.folder import RunFolder
+from hpcprune.graph import graph_left, graphs_of
 from hpcprune.job import Job
 from hpcprune.journal import Journal
 from hpcprune.launch import check_code, check_folder, late_checkpoint
@@ -94,14 +95,17 @@ class Run:
     def _introduce(self, exchange: str, odd: str | None) -> None:
         """Say what runs on what, what was chosen on its own, and what is odd about the launch."""
         world, prepared = self.world, self.prepared
-        weights = sum(layer.weights for layer in prepared.layers)
+        weights = sum(layer.weights for layer in prepared.of("weights")[0])
         total = sum(parameter.numel() for parameter in self.model.parameters())
         several = "s" if world.size > 1 else ""
         self.display.say(
             f"{type(self.model).__name__} of {total:,} parameters, {weights:,} of them prunable in "
-            f"{len(prepared.layers)} layers, on {world.size} rank{several} with {prepared.threads} "
+            f"{len(prepared.of('weights')[0])} layers, on {world.size} rank{several} with {prepared.threads} "
             f"thread{'s' if prepared.threads > 1 else ''} each"
         )
+        for name in Masks.full(prepared.layers).of("edges"):
+            graph = graphs_of(self.model)[name]
+            self.display.say(f"its graph has {graph.nodes:,} nodes and {len(graph.weight):,} edges, prunable too")
         self.display.say(f"{exchange}; {_kernels(prepared.device)}")
         self._warn(odd)
 
@@ -132,7 +136,7 @@ class Run:
             self.saver.write_result(self.folder.dense, self.masks, self.ledger)
         self.ledger.dense = {
             "costs": measure_costs(self.prepared, self.masks, self._dense_file),
-            "histogram": weight_histogram(self.model, self.masks),
+            "histogram": weight_histogram(self.model, self.masks.of("weights")),
         }
         self._complete_round()
 
@@ -156,7 +160,7 @@ class Run:
         ledger.round, ledger.complete = ledger.round + 1, False
         ledger.step = steps_of_round(prune, ledger.round, self.prepared.retrain.steps).start
         ledger.packed = ledger.sparse = None
-        self.journal.stage("prune", ledger, self.masks.sparsity)
+        self.journal.stage("prune", ledger, self._sparsity)
         found = prune_round(self.job, self.prepared, self.masks, ledger, share, self._carried, self.world, self.display)
         if prune.rewind is not None:
             self._rewind()
@@ -168,10 +172,17 @@ class Run:
         }
         for stage, seconds in found.seconds.items():
             ledger.add_seconds(stage, seconds)
+        of_weights = self.masks.of("weights")
         self.display.say(
-            f"{self._name}: pruned to {self.masks.sparsity:.2%}, {self.masks.nonzeros:,} of "
-            f"{self.masks.weights:,} weights survive"
+            f"{self._name}: pruned to {of_weights.sparsity:.2%}, {of_weights.nonzeros:,} of "
+            f"{of_weights.weights:,} weights survive"
         )
+        graph = graph_left(self.model, self.masks)
+        if graph is not None:
+            (edges, edges_left), (nodes, nodes_left) = graph["edges"], graph["nodes"]
+            self.display.say(
+                f"{self._name}: {edges_left:,} of {edges:,} edges survive, and {nodes_left:,} of {nodes:,} nodes have any"
+            )
         weights = sum(span.weights for span in self.prepared.shards[self.world.rank])
         self.display.say(f"scored {weights:,} weights in {sum(found.seconds.values()):.3f} s", every_rank=True)
         self._evaluate("pruned")
@@ -233,7 +244,7 @@ class Run:
         steps = range(trainer.plan.steps) if stage == "train" else steps_of_round(job.prune, ledger.round, all_steps)
         rounds = [steps_of_round(job.prune, number, all_steps) for number in range(1, job.prune.rounds + 1)]
         later = sum(map(len, rounds[ledger.round :]))
-        self.journal.stage(stage, ledger, self.masks.sparsity, steps.stop)
+        self.journal.stage(stage, ledger, self._sparsity, steps.stop)
         if (
             ledger.packed,
             ledger.sparse,
@@ -293,14 +304,15 @@ class Run:
 
     def _evaluate(self, when: str) -> None:
         start = time.perf_counter()
-        self.journal.stage("evaluate", self.ledger, self.masks.sparsity)
+        self.journal.stage("evaluate", self.ledger, self._sparsity)
         task, data = self.prepared.task, self.prepared.data
         if when == "retrained" and not self.prepared.retrain.steps:
             metrics = self.ledger.evaluations[-1]["metrics"]  # those of the pruned network, which is still the same
         else:
             metrics = evaluate(task, self.model, data.test, self.job.evaluate.batch_size, self.world)
         seconds = time.perf_counter() - start
-        self.journal.evaluation(self.ledger, when, self.masks.sparsity, metrics, seconds)
+        graph = graph_left(self.model, self.masks)
+        self.journal.evaluation(self.ledger, when, self._sparsity, graph, metrics, seconds)
         shown = {"loss", *task.metrics()}  # and not those of each class
         figures = "  ".join(f"{name} {value:.4f}" for name, value in metrics.items() if name in shown)
         self.display.say(f"{self._name}: {when}: {figures}")
@@ -347,6 +359,11 @@ class Run:
             write_json(found, self.folder.report)
 
         self.world.lead(report, "writing the report")
+
+    @property
+    def _sparsity(self) -> float:
+        """Of the weights."""
+        return self.masks.of("weights").sparsity
 
     @property
     def _name(self) -> str:

@@ -133,11 +133,11 @@ class Saver:
         optimizer: Mapping[str, Tensor],
         own: Mapping[str, Tensor],
     ) -> State:
-        known = {"sparsity": masks.sparsity, "mask_hash": masks.hash, "history": ledger.evaluations}
+        known = {"sparsity": masks.of("weights").sparsity, "mask_hash": masks.hash, "history": ledger.evaluations}
         about = {**self._about, **known, **more}
         attributes: dict[str, dict[str, str | float]] = {}
         for layer in masks.layers if masks.nonzeros < masks.weights else ():
             threshold = ledger.thresholds.get(layer.name)  # of rows there is none
-            attributes[layer.name] = {"criterion": self._job.prune.criterion}
+            attributes[layer.name] = {"criterion": self._job.prune.criteria[layer.kind].name}
             attributes[layer.name] |= {} if threshold is None else {"threshold": threshold}
         return snapshot(self._model, masks, about, attributes, optimizer, own_buffers(self._model), own)

@@ -11,20 +11,27 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Literal
 
-__all__ = ["Layer", "Span", "deal", "imbalance"]
+__all__ = ["Kind", "Layer", "Span", "deal", "imbalance", "shards_of_kind"]
+
+Kind = Literal["weights", "edges"]
 
 SNAP = 0.01  # a cut moves to a layer's edge or a row's if one is within this part of a fair share
 
 
 @dataclass(frozen=True)
 class Layer:
-    """A prunable parameter: its name as in `named_parameters`, its shape, and its dtype by name ("float32")."""
+    """A prunable parameter: its name as in `named_parameters`, its shape, and its dtype by name ("float32").
+
+    kind: whether its numbers are weights of the network, or stand for the edges of a graph (graph.py).
+    """
 
     name: str
     shape: tuple[int, ...]
     dtype: str
+    kind: Kind = "weights"
 
     @property
     def weights(self) -> int:
@@ -61,6 +68,16 @@ def deal(layers: Sequence[Layer], ranks: int, *, whole_rows: bool = False) -> li
     fair = edges[-1] / ranks
     cuts = [0, *(_snap(round(rank * fair), fair, layers, edges, whole_rows) for rank in range(1, ranks)), edges[-1]]
     return [_spans(start, max(start, stop), edges) for start, stop in itertools.pairwise(cuts)]
+
+
+def shards_of_kind(
+    layers: Sequence[Layer], shards: Sequence[Sequence[Span]], kind: Kind
+) -> tuple[list[Layer], list[list[Span]]]:
+    """The layers of a kind, and what of them each rank owns."""
+    numbers = [number for number, layer in enumerate(layers) if layer.kind == kind]
+    renumbered = {number: new for new, number in enumerate(numbers)}
+    spans = [[replace(s, layer=renumbered[s.layer]) for s in shard if s.layer in renumbered] for shard in shards]
+    return [layers[number] for number in numbers], spans
 
 
 def imbalance(shards: Sequence[Sequence[Span]]) -> float:

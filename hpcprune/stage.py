@@ -16,7 +16,6 @@ from torch import Tensor
 
 from hpcprune.breakeven import packing_pays, sparse_layers
 from hpcprune.buckets import Sender
-from hpcprune.criteria import CRITERIA
 from hpcprune.exchange import Exchange
 from hpcprune.exchange.topk import TopK
 from hpcprune.exchange.wire import Wire, wire_dtype
@@ -83,7 +82,8 @@ def begin_stage(
         name = (job.seed, stage, ledger.round if job.prune.every_steps is None else min(ledger.round, 1))
         task, model, data = prepared.task, prepared.model, prepared.data.train
         bucket_mb = job.retrain.bucket_mb
-        layers, criterion = {layer.name for layer in prepared.layers}, CRITERIA[job.prune.criterion]
+        layers = {layer.name for layer in prepared.layers}
+        criterion = next((each for each in job.prune.criteria.values() if each.looks_at == "training"), None)
         return Trainer(
             task,
             model,

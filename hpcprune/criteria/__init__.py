@@ -8,7 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from types import MappingProxyType
+from typing import TYPE_CHECKING
 
+from hpcprune.criteria.attention import Attention
 from hpcprune.criteria.criterion import SCOPES, Criterion, Piece, Scope
 from hpcprune.criteria.gradient import Fisher, Sensitivity, Snip
 from hpcprune.criteria.l1 import L1
@@ -18,7 +20,10 @@ from hpcprune.criteria.movement import Movement
 from hpcprune.criteria.random import Random
 from hpcprune.criteria.wanda import Wanda
 
-__all__ = ["CRITERIA", "SCOPES", "Criterion", "Piece", "Scope"]
+if TYPE_CHECKING:
+    from hpcprune.shards import Kind
+
+__all__ = ["CRITERIA", "SCOPES", "Criterion", "Piece", "Scope", "criteria_of"]
 
 _ALL: tuple[Criterion, ...] = (
     Magnitude(),
@@ -30,6 +35,12 @@ _ALL: tuple[Criterion, ...] = (
     Fisher(),
     Movement(),
     Wanda(),
+    Attention(),
 )
 
 CRITERIA: Mapping[str, Criterion] = MappingProxyType({criterion.name: criterion for criterion in _ALL})
+
+
+def criteria_of(kind: Kind) -> list[str]:
+    """The names of those that can score layers of a kind."""
+    return [name for name, criterion in CRITERIA.items() if kind in criterion.kinds]

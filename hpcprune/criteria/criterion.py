@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from hpcprune.job import Job
-    from hpcprune.shards import Layer, Span
+    from hpcprune.shards import Kind, Layer, Span
     from hpcprune.statistics import Statistic
 
 __all__ = ["SCOPES", "Criterion", "Piece", "Scope"]
@@ -56,6 +56,11 @@ class Criterion(ABC):
     """In the job file."""
     scope: ClassVar[Scope] = "global"
     """What is ranked together where the user does not say."""
+    kinds: ClassVar[tuple[Kind, ...]] = ("weights", "edges")
+    """What it can score."""
+    of_values: ClassVar[bool] = True
+    """Whether scores follow from the weights' values or gradients; if so, edges are scored by what was learned of
+    them."""
     absolute: ClassVar[bool] = False
     """Whether the magnitudes of what `scores` gives count; they are taken on the fly and never stored."""
     looks_at: ClassVar[Literal["weights", "inputs", "loss", "training"]] = "weights"

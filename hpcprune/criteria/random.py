@@ -18,6 +18,7 @@ class Random(Criterion):
     """Uniform in [0, 1): a function of the seed, the layer's name and the weight's place, and of nothing else."""
 
     name = "random"
+    of_values = False
 
     def scores(self, piece: Piece) -> Tensor:
         import numpy as np

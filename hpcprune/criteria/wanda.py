@@ -21,6 +21,7 @@ class Wanda(Criterion):
     """|w| times the Euclidean norm, over all samples and places, of the input that it is multiplied with."""
 
     name = "wanda"
+    kinds = ("weights",)
     scope = "row"
     looks_at = "inputs"
 

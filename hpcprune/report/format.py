@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal, TypedDict
+from typing import TYPE_CHECKING, Any, Literal, TypedDict
+
+if TYPE_CHECKING:
+    from typing_extensions import NotRequired
 
 __all__ = ["CurvePoint", "Evaluation", "Report"]
 
 
 class LayerReport(TypedDict):
     name: str
+    kind: Literal["weights", "edges"]
     shape: list[int]
     dtype: str
     weights: int
@@ -25,10 +29,11 @@ class LayerReport(TypedDict):
 class Evaluation(TypedDict):
     when: Literal["dense", "pruned", "retrained", "best"]
     round: int
-    sparsity: float
+    sparsity: float  # of the weights
     step: int
     metrics: dict[str, float | None]
     seconds: float | None
+    graph: NotRequired[dict[str, float]]  # sparsity of its edges, and of its nodes
 
 
 class Costs(TypedDict):
@@ -115,6 +120,7 @@ class Report(TypedDict):
     higher_is_better: bool
     layers: list[LayerReport]
     evaluations: list[Evaluation]
+    graph: dict[str, tuple[int, int]] | None  # edges, nodes that have any: of the whole graph, and survivors
     goal: dict[str, Any] | None  # of prune.until: text, bound, value, met
     costs: dict[str, Costs]  # dense, pruned
     exchange: Exchange

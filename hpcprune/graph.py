@@ -1,0 +1,121 @@
+"""A graph whose edges can be pruned, beside the weights of the network that passes messages along them.
+
+It is a module with one parameter: a number for each edge, 1 at first, by which the edge's messages are multiplied. So
+training learns which edges matter, as it learns weights, and whatever can score weights can score edges. An edge
+whose number is 0 is pruned: it is left out of what the network is given, and costs nothing any more.
+
+Chen et al., "A Unified Lottery Ticket Hypothesis for Graph Neural Networks", 2021, https://arxiv.org/abs/2102.06790
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from hpcprune.errors import TaskError
+from hpcprune.masks import Masks
+
+__all__ = ["Graph", "graph_left", "graphs_of", "with_whole_graphs"]
+
+Model = TypeVar("Model", bound=nn.Module)
+
+
+class Graph(nn.Module):
+    """A graph as a part of a model: `conv(x, *self.graph())`, or `conv(x, self.graph()[0])` where weights are not used.
+
+    Where the reverse of every edge is there too, the graph is undirected: an edge and its reverse are one, with one
+    number, and go together.
+    """
+
+    edge_index: Tensor
+    of_direction: Tensor
+    keys: Tensor
+
+    def __init__(self, edge_index: Tensor, nodes: int) -> None:
+        """A graph of some nodes.
+
+        Args:
+            edge_index: int64 of shape [2, directions]: each column a source and a target in [0, nodes), no two alike.
+
+        Raises:
+            TaskError: it is not that.
+        """
+        super().__init__()
+        if edge_index.dtype != torch.int64 or edge_index.dim() != 2 or edge_index.shape[0] != 2:
+            given = f"{str(edge_index.dtype).removeprefix('torch.')} of shape {[*edge_index.shape]}"
+            raise TaskError(f"Graph: edge_index is {given}; give int64 of shape [2, edges], sources and targets")
+        if edge_index.numel() and not (int(edge_index.min()) >= 0 and int(edge_index.max()) < nodes):
+            raise TaskError(
+                f"Graph: edge_index names nodes from {int(edge_index.min())} to {int(edge_index.max())}, and there are "
+                f"{nodes}; number them from 0"
+            )
+        self.nodes = nodes
+        forth, back = (self._keys(edge_index[first], edge_index[1 - first]) for first in (0, 1))
+        if len(forth.unique()) < len(forth):  # type: ignore[no-untyped-call]
+            raise TaskError("Graph: edge_index has an edge twice; give each once (torch_geometric.utils.coalesce)")
+        self.undirected = torch.equal(forth.sort().values, back.sort().values)
+        one_for_both = torch.minimum(forth, back) if self.undirected else forth
+        keys, of_direction = one_for_both.unique(return_inverse=True)  # type: ignore[no-untyped-call]
+        # The task brings them, so they need not lie in checkpoints.
+        self.register_buffer("edge_index", edge_index.clone(), persistent=False)
+        self.register_buffer("of_direction", of_direction, persistent=False)
+        self.register_buffer("keys", keys, persistent=False)
+        self.weight = nn.Parameter(torch.ones(len(keys)))
+
+    def forward(self) -> tuple[Tensor, Tensor]:
+        """The edges that survive: edge_index, [2, directions], and the magnitude of each one's number, [directions]."""
+        magnitudes = self.weight.abs()  # normalisations take roots of their sums
+        left = (magnitudes != 0)[self.of_direction]
+        return self.edge_index[:, left], magnitudes[self.of_direction[left]]
+
+    @property
+    def ends(self) -> Tensor:
+        """The two nodes of each edge: int64, [2, edges], in the order of `weight`."""
+        return torch.stack([self.keys // self.nodes, self.keys % self.nodes])
+
+    def find(self, edge_index: Tensor) -> Tensor:
+        """The place in `weight` of each column of an edge_index, [directions]; -1 where it is no edge of this graph."""
+        forth, back = (self._keys(edge_index[first], edge_index[1 - first]) for first in (0, 1))
+        wanted = torch.minimum(forth, back) if self.undirected else forth
+        places = torch.searchsorted(self.keys, wanted).clamp(max=len(self.keys) - 1)
+        return torch.where(self.keys[places] == wanted, places, -1)
+
+    def _keys(self, sources: Tensor, targets: Tensor) -> Tensor:
+        return sources * self.nodes + targets
+
+    def extra_repr(self) -> str:
+        return f"{self.nodes} nodes, {len(self.weight)} {'undirected' if self.undirected else 'directed'} edges"
+
+
+def graphs_of(model: nn.Module) -> dict[str, Graph]:
+    """The graphs of a model, by the names of their parameters."""
+    return {f"{path}.weight".lstrip("."): module for path, module in model.named_modules() if isinstance(module, Graph)}
+
+
+def with_whole_graphs(model: Model) -> Model:
+    """A copy of a model in which no edge is pruned; the model itself where it has no graph."""
+    if not graphs_of(model):
+        return model
+    whole = copy.deepcopy(model)
+    for graph in graphs_of(whole).values():
+        nn.init.ones_(graph.weight)
+    return whole
+
+
+def graph_left(model: nn.Module, masks: Masks) -> dict[str, tuple[int, int]] | None:
+    """Of a model's graphs, together: how many edges there are, and survive; nodes that have one, and that have one left.
+
+    None where the masks prune no graph.
+    """
+    edges, graphs = masks.of("edges"), graphs_of(model)
+    if not edges:
+        return None
+    ends = {name: graphs[name].ends.cpu() for name in edges}
+    nodes = tuple(
+        sum(len(each.unique()) for each in found)  # type: ignore[no-untyped-call]
+        for found in (ends.values(), (each[:, edges[name]] for name, each in ends.items()))
+    )
+    return {"edges": (edges.weights, edges.nonzeros), "nodes": (nodes[0], nodes[1])}
