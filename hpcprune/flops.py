@@ -6,9 +6,9 @@ modules: a weight that is used twice, used through `torch.nn.functional`, transp
 is booked all the same. A layer's FLOPs then shrink with its survivors.
 
 Counted are the products: matrix products, convolutions, recurrent cells, attention, and the messages of graphs, each
-multiplied and added where it arrives. A multiply-add is two FLOPs. As in torch, biases, activations, normalisations and
-lookups are not counted. Operations that torch has no formula for have one here: fused recurrent layers (oneDNN, cuDNN,
-MIOpen), products with a vector, attention on the CPU, bilinear forms, additions by index, products with sparse matrices.
+multiplied and added where it arrives. A multiply-add is two FLOPs. As in torch, biases, activations, normalisations
+and lookups are not counted. Operations that torch has no formula for have one here: fused recurrent layers (oneDNN,
+cuDNN, MIOpen), products with a vector or a sparse matrix, attention on the CPU, bilinear forms, additions by index.
 """
 
 from __future__ import annotations

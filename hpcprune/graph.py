@@ -1,10 +1,14 @@
 """A graph whose edges can be pruned, beside the weights of the network that passes messages along them.
 
-It is a module with one parameter: a number for each edge, 1 at first, by which the edge's messages are multiplied. So
-training learns which edges matter, as it learns weights, and whatever can score weights can score edges. An edge
-whose number is 0 is pruned: it is left out of what the network is given, and costs nothing any more.
+It is a module with one parameter: a number for each edge, 1 at first, a mask that training learns beside the weights.
+So whatever can score weights can score edges. An edge whose number is 0 is pruned: it is left out of what the network
+is given, and costs nothing any more.
 
-Chen et al., "A Unified Lottery Ticket Hypothesis for Graph Neural Networks", 2021, https://arxiv.org/abs/2102.06790
+Chen et al., "A Unified Lottery Ticket Hypothesis for Graph Neural Networks", 2021, https://arxiv.org/abs/2102.06790.
+There the edges' messages are multiplied with their numbers until these are cut to 0 and 1 in the end. Here they are
+always multiplied with 1, while the gradient goes to the number as if it were with that (Bengio et al., "Estimating or
+Propagating Gradients Through Stochastic Neurons", 2013, https://arxiv.org/abs/1308.3432). So the dense network is the
+one that it would be without a mask, and the pruned one is not told another graph in training than in the end.
 """
 
 from __future__ import annotations
@@ -54,11 +58,11 @@ class Graph(nn.Module):
             )
         self.nodes = nodes
         forth, back = (self._keys(edge_index[first], edge_index[1 - first]) for first in (0, 1))
-        if len(forth.unique()) < len(forth):  # type: ignore[no-untyped-call]
+        if len(torch.unique(forth)) < len(forth):
             raise TaskError("Graph: edge_index has an edge twice; give each once (torch_geometric.utils.coalesce)")
         self.undirected = torch.equal(forth.sort().values, back.sort().values)
         one_for_both = torch.minimum(forth, back) if self.undirected else forth
-        keys, of_direction = one_for_both.unique(return_inverse=True)  # type: ignore[no-untyped-call]
+        keys, of_direction = torch.unique(one_for_both, return_inverse=True)
         # The task brings them, so they need not lie in checkpoints.
         self.register_buffer("edge_index", edge_index.clone(), persistent=False)
         self.register_buffer("of_direction", of_direction, persistent=False)
@@ -66,10 +70,13 @@ class Graph(nn.Module):
         self.weight = nn.Parameter(torch.ones(len(keys)))
 
     def forward(self) -> tuple[Tensor, Tensor]:
-        """The edges that survive: edge_index, [2, directions], and the magnitude of each one's number, [directions]."""
-        magnitudes = self.weight.abs()  # normalisations take roots of their sums
-        left = (magnitudes != 0)[self.of_direction]
-        return self.edge_index[:, left], magnitudes[self.of_direction[left]]
+        """The edges that survive: edge_index, [2, directions], and 1 for each, [directions], whose gradient is learned.
+
+        A number below 0 learns no more: it says that the edge does harm, and a larger magnitude would say the contrary.
+        """
+        left = (self.weight != 0)[self.of_direction]
+        learned = self.weight.clamp(min=0)[self.of_direction[left]]
+        return self.edge_index[:, left], 1 + (learned - learned.detach())
 
     @property
     def ends(self) -> Tensor:
@@ -106,7 +113,7 @@ def with_whole_graphs(model: Model) -> Model:
 
 
 def graph_left(model: nn.Module, masks: Masks) -> dict[str, tuple[int, int]] | None:
-    """Of a model's graphs, together: how many edges there are, and survive; nodes that have one, and that have one left.
+    """Of all of a model's graphs: how many edges there are, and survive; how many nodes have any, and have any left.
 
     None where the masks prune no graph.
     """
@@ -114,8 +121,6 @@ def graph_left(model: nn.Module, masks: Masks) -> dict[str, tuple[int, int]] | N
     if not edges:
         return None
     ends = {name: graphs[name].ends.cpu() for name in edges}
-    nodes = tuple(
-        sum(len(each.unique()) for each in found)  # type: ignore[no-untyped-call]
-        for found in (ends.values(), (each[:, edges[name]] for name, each in ends.items()))
-    )
-    return {"edges": (edges.weights, edges.nonzeros), "nodes": (nodes[0], nodes[1])}
+    had = sum(len(torch.unique(each)) for each in ends.values())
+    has = sum(len(torch.unique(each[:, edges[name]])) for name, each in ends.items())
+    return {"edges": (edges.weights, edges.nonzeros), "nodes": (had, has)}

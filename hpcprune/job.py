@@ -46,7 +46,7 @@ class Calibrate(Section):
 class GraphPruning(Section):
     """What is pruned of the graph that a network works on."""
 
-    criterion: str = Field(default="magnitude", json_schema_extra={"enum": criteria_of("edges")})
+    criterion: str = Field(default="magnitude", json_schema_extra={"enum": [*criteria_of("edges")]})
     """How an edge is scored; the lowest scores go. magnitude is that of the learned mask."""
     edges: Fraction | None = None
     """The share of the edges that is gone at the end, those of nodes that went among them."""
@@ -70,7 +70,7 @@ class Prune(Section):
 
     what: tuple[Literal["weights", "edges", "nodes"], ...] = Field(default=("weights",), min_length=1)
     """What goes: weights of the network, and edges and nodes of the graph that it works on."""
-    criterion: str = Field(default="magnitude", json_schema_extra={"enum": criteria_of("weights")})
+    criterion: str = Field(default="magnitude", json_schema_extra={"enum": [*criteria_of("weights")]})
     """How a weight is scored; the lowest scores go."""
     sparsity: Fraction = Field(default=None, validate_default=True)
     """The share of the prunable weights that is gone at the end; it must be given where weights go."""

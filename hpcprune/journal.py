@@ -74,7 +74,7 @@ class Journal:
         metrics: dict[str, float],
         seconds: float,
     ) -> None:
-        """The network was evaluated: at a sparsity of its weights, and with what is left of its graph, if it has one."""
+        """The network was evaluated, at a sparsity of its weights and with what is left of its graph, if it has one."""
         ledger.add_seconds("evaluate", seconds)
         found = {
             "when": when,

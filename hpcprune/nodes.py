@@ -1,7 +1,7 @@
 """Nodes as things to prune: those whose edges' scores have the lowest sums lose all of their edges.
 
-Every rank gets the scores of all edges and sums them in their global order, so that the sums are the same bit for bit on
-any number of ranks; the nodes are then ranked as all else is, by the exact threshold over the ranks.
+Every rank gets the scores of all edges and sums them in their global order, so that the sums are the same bit for bit
+on any number of ranks; the nodes are then ranked as all else is, by the exact threshold over the ranks.
 """
 
 from __future__ import annotations
@@ -45,6 +45,7 @@ def prune_nodes(
         graphs: by the names of their parameters, those of `masks` among them.
         statistic: what the criterion asked for; None where it looks at weights alone.
     """
+    assert isinstance(target.sparsity, (int, float))
     scores = _scores(parameters, masks, shards, target, world, statistic)
     sums, had, has = [], [], []
     for layer in masks.layers:
@@ -53,7 +54,7 @@ def prune_nodes(
         had.append(_sum(graph, np.ones(layer.weights)) > 0)
         has.append(_sum(graph, mask.astype(np.float64)) > 0)
     total, left = int(np.concatenate(had).sum()), np.flatnonzero(np.concatenate(has))
-    count = max(0, pruned_count(total, target.sparsity_of_all) - (total - len(left)))
+    count = max(0, pruned_count(total, target.sparsity) - (total - len(left)))
     stay = np.ones(sum(graphs[layer.name].nodes for layer in masks.layers), np.bool_)
     stay[left] = _select(np.concatenate(sums)[left], count, world)
     bits, first = [], 0
@@ -84,8 +85,10 @@ def _scores(
 def _sum(graph: Graph, of_edges: Floats) -> Floats:
     """The sum over each node's edges; a loop is one of them."""
     sources, targets = graph.ends.cpu().numpy()
-    found: Floats = np.bincount(sources, of_edges, graph.nodes)
-    return found + np.bincount(targets, np.where(sources == targets, 0, of_edges), graph.nodes)
+    found = np.zeros(graph.nodes)
+    np.add.at(found, sources, of_edges)
+    np.add.at(found, targets, np.where(sources == targets, 0, of_edges))
+    return found
 
 
 def _select(scores: Floats, count: int, world: World) -> Flags:

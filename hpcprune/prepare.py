@@ -179,7 +179,7 @@ def _check_learned(job: Job, model: nn.Module, layers: Sequence[Layer]) -> None:
     graphs = [model.get_parameter(layer.name) for layer in layers if layer.kind == "edges"]
     if criterion is None or not criterion.of_values or criterion.looks_at != "weights":
         return
-    if all(len(each.unique()) == 1 for each in graphs):  # type: ignore[no-untyped-call]
+    if all(len(torch.unique(each)) == 1 for each in graphs):
         raise JobError(
             f"prune.graph.criterion: {criterion.name} ranks edges by what was learned of them, and nothing is trained "
             "before the first pruning; train first, or write criterion: sensitivity"

@@ -181,7 +181,7 @@ class Run:
         if graph is not None:
             (edges, edges_left), (nodes, nodes_left) = graph["edges"], graph["nodes"]
             self.display.say(
-                f"{self._name}: {edges_left:,} of {edges:,} edges survive, and {nodes_left:,} of {nodes:,} nodes have any"
+                f"{self._name}: {edges_left:,} of {edges:,} edges survive, {nodes_left:,} of {nodes:,} nodes have any"
             )
         weights = sum(span.weights for span in self.prepared.shards[self.world.rank])
         self.display.say(f"scored {weights:,} weights in {sum(found.seconds.values()):.3f} s", every_rank=True)
