@@ -31,6 +31,7 @@ def write_html(report: Report, path: Path) -> None:
         findings=findings(report),
         figures=figures,
         metrics=metric_names(report),
+        of_graph=list(report["evaluations"][0].get("graph", ())) if report["evaluations"] else [],
         job=yaml.safe_dump(finite(report["job"]), sort_keys=False, allow_unicode=True),
         again=_again(report),
     )

@@ -19,6 +19,7 @@ from matplotlib.ticker import EngFormatter, FuncFormatter, MaxNLocator, NullForm
 from hpcprune.report.format import CurvePoint, Evaluation, Report
 from hpcprune.report.svg import BAND, DASHES, DENSE, INK, LINE, MUTED, OTHER, PRUNED, note, svg
 from hpcprune.report.units import as_count, as_percent, as_seconds, is_share, plain
+from hpcprune.report.verdicts import layers_of_weights
 
 __all__ = ["FIGURES", "compared", "layers", "load", "loss", "over_rounds", "over_sparsity", "stages", "weights"]
 
@@ -131,9 +132,9 @@ def layers(report: Report) -> str:
         return ""
     names = [plain(layer["name"]) for layer in found]
     values = [100 * layer["sparsity"] for layer in found]
-    whole = sum(layer["weights"] - layer["nonzeros"] for layer in found) / max(
-        1, sum(layer["weights"] for layer in found)
-    )
+    weights = layers_of_weights(report)
+    gone = sum(layer["weights"] - layer["nonzeros"] for layer in weights)
+    whole = gone / max(1, sum(layer["weights"] for layer in weights))
 
     def draw(figure: Figure) -> None:
         axes = figure.subplots()

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
 from hpcprune.errors import GoalError
-from hpcprune.report.format import Report
+from hpcprune.report.format import LayerReport, Report
 from hpcprune.report.units import (
     DASH,
     TIMES,
@@ -27,7 +27,18 @@ from hpcprune.report.units import (
     plain,
 )
 
-__all__ = ["Finding", "Row", "check_goal", "findings", "first_and_last", "headline", "metric_names", "ratios", "rows"]
+__all__ = [
+    "Finding",
+    "Row",
+    "check_goal",
+    "findings",
+    "first_and_last",
+    "headline",
+    "layers_of_weights",
+    "metric_names",
+    "ratios",
+    "rows",
+]
 
 # Two timings closer than this cannot be told apart on a machine that does anything else; sizes are exact.
 TIME_NOISE = 0.10
@@ -126,6 +137,8 @@ _WORDS = {
 }
 _WHY = {
     "prunable weights": "Nothing was pruned.",
+    "edges": "None of the graph's edges was pruned.",
+    "nodes with edges": "No node was pruned; those that are left without an edge lost the last one to its score.",
     "all parameters": "Next to nothing was pruned.",
     "file": "At this sparsity the masks (1 bit a weight) take what the pruned weights would have taken.",
     "memory of the model": "A layer that runs dense keeps its zeros in memory; only the file leaves them out.",
@@ -151,6 +164,8 @@ def _costs(report: Report) -> dict[str, _Cost]:
     sends = sent["bytes_dense"] or None
     costs = (
         _Cost("prunable weights", *_weights(report), as_count, "count"),
+        _Cost("edges", *_graph(report, "edges"), as_count, "count"),
+        _Cost("nodes with edges", *_graph(report, "nodes"), as_count, "count"),
         _Cost("all parameters", before["nonzeros"], after["nonzeros"], as_count, "count"),
         _Cost("file", before["bytes_disk"], after["bytes_disk"], as_bytes, "size"),
         _Cost("memory of the model", before["bytes_memory"], after["bytes_memory"], as_bytes, "size"),
@@ -183,8 +198,12 @@ def headline(report: Report) -> list[tuple[str, str, str]]:
     old, new = dense.get(name), pruned.get(name)
     change = as_change(name, old, new)
     meaning = f"{change} from the dense {as_metric(old, name)}" if change else f"dense: {as_metric(old, name)}"
+    left = f"{as_count(survivors)} of {as_count(weights)} prunable weights are left"
+    for thing in ("edges", "nodes"):
+        had, has = _graph(report, thing)
+        left += "" if has is None else f"; {as_count(has)} of {as_count(had)} {thing}"
     found = [
-        ("sparsity", sparsity, f"{as_count(survivors)} of {as_count(weights)} prunable weights are left"),
+        ("sparsity", sparsity, left),
         (plain(name), as_metric(new, name), meaning),
     ]
     costs = _costs(report)
@@ -216,7 +235,19 @@ def metric_names(report: Report) -> list[str]:
 
 def _weights(report: Report) -> tuple[int, int]:
     """Prunable weights, and survivors."""
-    return sum(layer["weights"] for layer in report["layers"]), sum(layer["nonzeros"] for layer in report["layers"])
+    layers = layers_of_weights(report)
+    return sum(layer["weights"] for layer in layers), sum(layer["nonzeros"] for layer in layers)
+
+
+def layers_of_weights(report: Report) -> list[LayerReport]:
+    """The layers without those that stand for the edges of a graph."""
+    return [layer for layer in report["layers"] if layer.get("kind", "weights") == "weights"]
+
+
+def _graph(report: Report, thing: str) -> tuple[int | None, int | None]:
+    """How many edges or nodes there are in the graph, and survive; None where they were not to be pruned."""
+    graph = report.get("graph")
+    return graph[thing] if graph is not None and thing in report["job"]["prune"]["what"] else (None, None)
 
 
 def check_goal(report: Report) -> None:
