@@ -17,7 +17,6 @@ from typing import Annotated, Any, Literal
 import pydantic
 import yaml
 from pydantic import BeforeValidator, Field, PrivateAttr, ValidationInfo
-from pydantic_core import PydanticKnownError
 
 from hpcprune.criteria import CRITERIA, Criterion, Scope, criteria_of
 from hpcprune.errors import show
@@ -68,12 +67,10 @@ def _one_of(criterion: str, kind: Kind) -> str:
 class Prune(Section):
     """What is pruned, how much of it, and over how many rounds."""
 
-    what: tuple[Literal["weights", "edges", "nodes"], ...] = Field(default=("weights",), min_length=1)
-    """What goes: weights of the network, and edges and nodes of the graph that it works on."""
     criterion: str = Field(default="magnitude", json_schema_extra={"enum": [*criteria_of("weights")]})
     """How a weight is scored; the lowest scores go."""
-    sparsity: Fraction = Field(default=None, validate_default=True)
-    """The share of the prunable weights that is gone at the end; it must be given where weights go."""
+    sparsity: Fraction
+    """The share of the prunable weights that is gone at the end; not to be given where `what` leaves weights out."""
     scope: Scope = Field(default=None, validate_default=True)
     """What is ranked together: all layers, each layer by itself, or each output (row) of each layer; where it is not
     given, row for wanda and global for the others."""
@@ -103,6 +100,8 @@ class Prune(Section):
     those before the first step."""
     embeddings: bool = False
     """Whether the weights of embeddings are prunable too, those that are tied to another layer among them."""
+    what: tuple[Literal["weights", "edges", "nodes"], ...] = Field(default=("weights",), min_length=1)
+    """What goes: weights of the network, and edges and nodes of the graph that it works on."""
     graph: GraphPruning | None = None
     """What of the graph goes, where edges or nodes do."""
     calibrate: Calibrate | None = Field(default=None, validate_default=True)
@@ -118,16 +117,12 @@ class Prune(Section):
     def _known(cls, value: str) -> str:
         return _one_of(value, "weights")
 
-    @pydantic.field_validator("sparsity", mode="before")
+    @pydantic.model_validator(mode="before")
     @classmethod
-    def _sparsity_of_weights(cls, value: Any, info: ValidationInfo) -> Any:
-        if "weights" in info.data.get("what", ("weights",)):
-            if value is None:
-                raise PydanticKnownError("missing")
-            return value
-        if value:
-            raise refuse(f"{show(value)} is the share of the weights that goes, and what leaves them out; remove it")
-        return 0.0
+    def _sparsity_of_weights(cls, data: Any) -> Any:
+        if isinstance(data, dict) and isinstance(data.get("what"), (list, tuple)) and "weights" not in data["what"]:
+            return {"sparsity": 0.0} | data
+        return data
 
     @pydantic.field_validator("scope", mode="before")
     @classmethod
@@ -159,6 +154,8 @@ class Prune(Section):
 
     @pydantic.model_validator(mode="after")
     def _graph_as_asked(self) -> Prune:
+        if "weights" not in self.what and self.sparsity:
+            raise refuse(f"sparsity: {self.sparsity:g} of the weights are to go, and what leaves them out; remove it")
         for thing in ("edges", "nodes"):
             share = None if self.graph is None else getattr(self.graph, thing)
             if thing in self.what and share is None:

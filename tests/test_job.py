@@ -129,6 +129,8 @@ def test_nothing_of_a_job_can_be_changed(write: Write) -> None:
 
 # Writing it, and telling jobs apart
 
+EDGES = ["prune.what=[weights, edges]", "prune.graph={edges: 0.2}"]
+
 VARIED = [
     "prune.rounds=3",
     "retrain.optimizer={name: adam, lr: 1e-3, betas: [0.8, 0.99]}",
@@ -428,6 +430,19 @@ def test_an_override_cannot_reach_into_what_is_no_section(write: Write) -> None:
         (["prune.criterion=movement", "prune.calibrate.samples=5"], "movement looks at training alone"),
         (["prune.criterion=movement", "retrain.top_k.share=0.1"], "prune.criterion: movement needs the whole gradient"),
         (["prune.calibrate.samples=5"], "magnitude looks at weights alone, not at samples; remove calibrate"),
+        (
+            ["prune.what=[weights, edges]"],
+            "what: edges are to go, and nothing says how many; write graph: {edges: 0.2}",
+        ),
+        (["prune.what=[nodes]", "prune.sparsity=0", "prune.graph={edges: 0.1}"], "what: nodes are to go, and nothing"),
+        (["prune.graph={edges: 0.2}"], "graph.edges: 0.2 are to go, and what does not name them; add edges to what"),
+        (["prune.graph={}"], "graph: what names neither edges nor nodes; add one of them to what, or remove graph"),
+        (["prune.what=[edges]", "prune.graph={edges: 0.2}"], "sparsity: 0.9 of the weights are to go, and what leaves"),
+        (
+            [*EDGES, "prune.graph.criterion=l1"],
+            "prune.graph.criterion: l1 prunes what was trained with an L1 term before",
+        ),
+        ([*EDGES, "prune.calibrate.samples=5"], "magnitude looks at weights alone, not at samples; remove calibrate"),
         (["prune.rounds=2", "prune.schedule=one-shot"], "one-shot is 1 round, not 2; write schedule: cubic"),
         (["retrain.optimizer={name: adam, momentum: 0.9}"], "momentum belongs to sgd, not to adam; remove it"),
         (["retrain.optimizer={name: adamw, nesterov: true}"], "nesterov belongs to sgd, not to adamw"),
@@ -552,6 +567,16 @@ def default_in_words(key: Key) -> str:
     return f"`{key.default}`" if isinstance(key.default, str) else f"`{json.dumps(key.default)}`"
 
 
+def test_edges_alone_need_no_sparsity_and_their_criterion_may_look_at_samples(write: Write) -> None:
+    text = SMALL.replace("sparsity: 0.9", "what: [edges]\n  graph: {edges: 0.2, criterion: attention}")
+    prune = load_job(write(text)).prune
+    assert prune.sparsity == 0 and prune.calibrate is not None and {*prune.criteria} == {"edges"}
+    with pytest.raises(JobError, match=r"prune.sparsity: missing; give a number in \[0, 1\)"):
+        load_job(write(text), ["prune.what=[weights, edges]"])
+    with pytest.raises(JobError, match=r'prune.criterion: "attention" is not one of magnitude, .*, wanda'):
+        load_job(write(SMALL), ["prune.criterion=attention"])
+
+
 def test_the_page_has_every_key_and_no_other() -> None:
     assert list(rows()) and set(rows()) == {key.name for key in keys().values() if not key.section}
 
@@ -565,10 +590,12 @@ def test_the_page_says_what_the_schema_says(write: Write, key: Key) -> None:
     beside = {"steps": ["epochs=null"], "final": ["lr_schedule.name=cosine"], "betas": ["optimizer.name=adam"]}
     beside |= {"at": ["lr_schedule.name=step"], "factor": ["lr_schedule.name=step"], "schedule": ["rounds=2"]}
     beside |= {"distribution": ["scope=layer"], "layers": ["scope=row"], "samples": ["criterion=wanda"]}
-    beside |= {"start": ["lr_schedule.name=rewind"]}
+    beside |= {"start": ["lr_schedule.name=rewind"], "what": ["graph.edges=0.2"]}
+    beside |= {"edges": ["what=[edges, weights]"], "nodes": ["what=[nodes, weights]"]}
     *sections, last = key.name.split(".")
     beside |= {"every_steps": ["rounds=2"]} if sections == ["prune"] else {}
     beside |= {"batch_size": ["criterion=fisher"]} if "calibrate" in sections else {}
+    beside |= {"criterion": ["what=[edges, weights]", "graph.edges=0.2"]} if "graph" in sections else {}
     needed = [f"{sections[0]}.{other}" for other in beside.get(last, [])]
     value = yaml.safe_load(example.strip("`"))
     job = load_job(write(SMALL), [*needed, f"{key.name}={example.strip('`')}"])
