@@ -238,8 +238,8 @@ def _products(operation: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out
     if operation in _OWN:
         return _OWN[operation](args, out)
     operands = args[1:3] if operation in (aten.addmm, aten.baddbmm) else args[:2]  # without what is only added
-    if getattr(operands[0], "layout", torch.strided) != torch.strided:
-        return [(2 * operands[0]._nnz() * operands[1].shape[-1], operands)]
+    if operands[0].layout != torch.strided:
+        return _of_sparse(operands, out)
     return [(flop_registry[operation](*args, **kwargs, out_val=out), operands)]
 
 
@@ -276,6 +276,12 @@ def _recurrent(args: tuple[Any, ...], out: Any) -> list[Product]:
     return [(2 * used * weight.numel(), (weight,)) for weight in weights if weight.dim() == 2]
 
 
+def _of_sparse(args: tuple[Any, ...], out: Tensor) -> list[Product]:
+    """A sparse matrix times a dense one: every value that is stored, with a row."""
+    sparse, dense = args[-2:]  # without what is only added
+    return [(2 * sparse._nnz() * dense.shape[-1], (sparse, dense))]
+
+
 def _messages(args: tuple[Any, ...], out: Tensor) -> list[Product]:
     """What is added by index, as messages to the nodes that they go to; booked to the graph that the index is of."""
     _, _, index, added = args[:4]
@@ -292,6 +298,7 @@ _OWN: Mapping[Any, Callable[[tuple[Any, ...], Any], list[Product]]] = {
     aten.mkldnn_rnn_layer: _recurrent,
     aten._cudnn_rnn: _recurrent,
     aten.miopen_rnn: _recurrent,
+    aten._sparse_addmm: _of_sparse,
     aten.scatter_add: _messages,
     aten.scatter_add_: _messages,
     aten.index_add: _messages,

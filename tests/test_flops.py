@@ -10,8 +10,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
+from torch_geometric.nn import GATConv, GCNConv
 
 from hpcprune.flops import count_flops
+from hpcprune.graph import Graph
 
 
 class Network(nn.Module):
@@ -241,6 +243,36 @@ def test_a_list_or_a_mapping_is_one_argument() -> None:
     """As a collated batch is; only a tuple is several."""
     model = Network(lambda self, batch: self.layer(batch["x"][0]), layer=nn.Linear(6, 6))
     assert count_flops(model, {"x": [torch.rand(4, 6)]}, {}).dense == 2 * 4 * 36
+
+
+def test_messages_are_counted_where_they_are_added_and_booked_to_their_graph() -> None:
+    ends = torch.tensor([[0, 1, 2, 2], [1, 2, 3, 4]])
+    graph = Graph(torch.cat([ends, ends.flip(0)], 1), 5)
+    x = torch.rand(5, 6)
+    convolution = Network(lambda self, x: self.layer(x, *self.graph()), graph=graph, layer=GCNConv(6, 3))
+    # In both directions and from each node to itself: a number added to the degree, and 3 to the node's.
+    assert count_flops(convolution, x, {}).by_layer == {
+        "graph.weight": (2 * (8 + 5) * (1 + 3),) * 2,
+        "layer.lin.weight": (2 * 5 * 18,) * 2,
+    }
+    with torch.no_grad():
+        graph.weight[0] = 0
+    left = count_flops(convolution, x, {"layer.lin.weight": 0.5})
+    assert left.by_layer["graph.weight"] == (2 * (6 + 5) * (1 + 3),) * 2
+    assert left.survivors == 2 * (6 + 5) * 4 + 2 * 5 * 9
+    attention = Network(lambda self, x: self.layer(x, self.graph()[0]), graph=graph, layer=GATConv(6, 3, heads=2))
+    found = count_flops(attention, x, {}).by_layer
+    # For each head a number to the sum that coefficients are divided by, and 3 to the node's.
+    assert found["graph.weight"] == (2 * (6 + 5) * 2 * (1 + 3),) * 2
+    assert found["layer.lin.weight"] == (2 * 5 * 36,) * 2
+
+
+@pytest.mark.parametrize("product", [torch.sparse.mm, torch.matmul])
+@pytest.mark.parametrize("layout", [torch.sparse_csr, torch.sparse_coo])
+def test_products_with_sparse_matrices_take_what_is_in_them(product: Callable[..., Tensor], layout: Any) -> None:
+    sparse = torch.tensor([[0.0, 2, 0, 1], [0, 0, 0, 3], [0, 0, 0, 0]]).to_sparse(layout=layout)
+    model = Network(lambda self, x: self.layer(product(sparse, x)), layer=nn.Linear(5, 2))
+    assert count_flops(model, torch.rand(4, 5), {}).dense == 2 * 3 * 5 + 2 * 3 * 10
 
 
 class Moody(nn.Module):

@@ -35,12 +35,16 @@ class Network(nn.Module):
         super().__init__()
         self.graph = hpcprune.Graph(torch.cat([edges, edges.flip(0)], 1), len(words))
         self.layers = nn.ModuleList(layers)
-        self.register_buffer("words", words, persistent=False)
+        words = words.to_sparse_coo().coalesce()  # 18 of 1,433 a paper
+        self.size = words.shape
+        self.register_buffer("places", words.indices(), persistent=False)
+        self.register_buffer("shares", words.values(), persistent=False)
 
     def forward(self, papers: Tensor) -> Tensor:
         edges = self.graph()
         if isinstance(self.layers[0], GATConv):
             edges = edges[:1]  # attention weighs them itself
-        x = F.dropout(self.words, 0.5, self.training)
+        shares = F.dropout(self.shares, 0.5, self.training)
+        x = torch.sparse_coo_tensor(self.places, shares, self.size, is_coalesced=True)
         x = F.dropout(F.elu(self.layers[0](x, *edges)), 0.5, self.training)
         return self.layers[1](x, *edges)[papers]

@@ -12,6 +12,9 @@ from tests.conftest import ROOT, Launch
 
 # A job's steps of training and retraining; the metric that its field uses, and what it must reach, above or below.
 JOBS: dict[str, tuple[int, int, str, float]] = {
+    "cora": (25, 5, "accuracy", 0.6),
+    "cora/gat.yaml": (25, 5, "accuracy", 0.6),
+    "cora/autoencoder.yaml": (25, 5, "auc", 0.7),
     "fashion": (60, 20, "accuracy", 0.65),
     "glosses": (60, 20, "accuracy", 0.3),
     "minilm": (12, 3, "accuracy", 0.5),
@@ -22,9 +25,13 @@ JOBS: dict[str, tuple[int, int, str, float]] = {
 SHORTER = {"minilm": ("LENGTH = 64 ", "LENGTH = 12 ", ["evaluate.sparse=never", "prune.calibrate.samples=64"])}
 
 
+def file_of(job: str) -> Path:
+    return ROOT / "jobs" / (job if job.endswith(".yaml") else f"{job}/job.yaml")
+
+
 def test_every_job_is_here() -> None:
-    others = {path.parent.name for path in ROOT.glob("jobs/*/job.yaml")} - {"mnist"}  # which the README's test runs
-    assert others == {*JOBS, "smollm2"}
+    others = {*ROOT.glob("jobs/*/*.yaml")} - {file_of("mnist"), file_of("smollm2")}  # which have tests of their own
+    assert others == {file_of(job) for job in JOBS}
 
 
 @pytest.mark.parametrize("job", JOBS)
@@ -32,19 +39,21 @@ def test_a_job_in_its_short_form(mpirun: Launch, tmp_path: Path, job: str) -> No
     train, retrain, metric, bound = JOBS[job]
     overrides = ["train.epochs=null", f"train.steps={train}", "retrain.epochs=null", f"retrain.steps={retrain}"]
     overrides += ["prune.sparsity=0.5", "prune.rounds=1", "prune.schedule=one-shot"]
-    folder = Path(shutil.copytree(ROOT / "jobs" / job, tmp_path / job))
+    folder = Path(shutil.copytree(file_of(job).parent, tmp_path / "job"))
     if job in SHORTER:
         line, shorter, less = SHORTER[job]
         task = (folder / "task.py").read_text()
         assert line in task
         (folder / "task.py").write_text(task.replace(line, shorter))
         overrides += less
-    command = ("hpcprune", "run", folder / "job.yaml", *overrides, "--out", tmp_path / "run")
+    command = ("hpcprune", "run", folder / file_of(job).name, *overrides, "--out", tmp_path / "run")
     done = mpirun(2, *command, timeout=280)
     assert done.returncode == 0, done.stderr
     report = json.loads((tmp_path / "run/report.json").read_text())
     last = report["evaluations"][-1]
     assert report["primary"] == metric and last["sparsity"] == pytest.approx(0.5, abs=0.01)
+    if job.startswith("cora"):
+        assert last["graph"]["edges"] == pytest.approx(0.2, abs=0.001)
     reached = last["metrics"][metric]
     assert reached > bound if report["higher_is_better"] else reached < bound
 
