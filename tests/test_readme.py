@@ -75,11 +75,21 @@ def test_the_pages_python_runs(tmp_path: Path, text: str) -> None:
     assert done.returncode == 0, done.stderr
 
 
-@pytest.mark.parametrize("number, primary", [(0, "accuracy"), (1, "error")])
-def test_the_documented_tasks_can_be_pruned(tmp_path: Path, number: int, primary: str) -> None:
-    (tmp_path / "task.py").write_text(blocks((ROOT / "docs/task.md").read_text(), "python")[number])
+OF_GRAPH = "sparsity: 0.5, what: [weights, edges, nodes], graph: {edges: 0.2, nodes: 0.05}"
+
+
+@pytest.mark.parametrize(
+    "page, number, prune, primary",
+    [
+        ("task", 0, "sparsity: 0.5", "accuracy"),
+        ("task", 1, "sparsity: 0.5", "error"),
+        ("graphs", 0, OF_GRAPH, "accuracy"),
+    ],
+)
+def test_the_documented_tasks_can_be_pruned(tmp_path: Path, page: str, number: int, prune: str, primary: str) -> None:
+    (tmp_path / "task.py").write_text(blocks((ROOT / f"docs/{page}.md").read_text(), "python")[number])
     job = tmp_path / "job.yaml"
-    job.write_text("task: task.py\ntrain: {epochs: 3}\nprune: {sparsity: 0.5}\nretrain: {epochs: 1}\n")
+    job.write_text(f"task: task.py\ntrain: {{epochs: 3}}\nprune: {{{prune}}}\nretrain: {{epochs: 1}}\n")
     command = [sys.executable, "-m", "hpcprune", "run", job, "--out", tmp_path / "run"]
     done = subprocess.run(command, env=launch_environment(), capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr

@@ -17,7 +17,7 @@ from mpi4py import MPI
 from torch import nn
 
 import hpcprune
-from hpcprune.criteria import CRITERIA
+from hpcprune.criteria import CRITERIA, criteria_of
 from hpcprune.layers import find_layers
 from hpcprune.shards import deal
 from hpcprune.statistics import Calibration
@@ -38,7 +38,7 @@ def calibration(model: nn.Module) -> Calibration:
 def main(folder: Path) -> None:
     rank, size = MPI.COMM_WORLD.Get_rank(), MPI.COMM_WORLD.Get_size()
     found: dict[Any, Any] = {}
-    for criterion, scope in itertools.product(CRITERIA, SCOPES):
+    for criterion, scope in itertools.product(criteria_of("weights"), SCOPES):
         options = {"data": samples(), "loss": loss} if criterion in (*NEEDY, "movement") else {}
         masks = hpcprune.prune(network(), 0.7, criterion=criterion, scope=scope, batch_size=4, **options)
         found[criterion, scope] = {name: mask.numpy() for name, mask in masks.items()}
@@ -77,7 +77,7 @@ def test_masks_are_the_same_on_any_number_of_ranks(mpirun: Launch, tmp_path: Pat
     for ranks in (2, 3):
         for rank in range(ranks):
             found = pickle.loads((tmp_path / f"{ranks}-{rank}.pickle").read_bytes())
-            for criterion, scope in itertools.product(CRITERIA, SCOPES):
+            for criterion, scope in itertools.product(criteria_of("weights"), SCOPES):
                 for name, mask in found[criterion, scope].items():
                     np.testing.assert_array_equal(mask, alone[criterion, scope][name], f"{criterion} {scope} {name}")
             assert "the number of samples" in found["parts"] and "rank 1: ('wanda', 'row', 24," in found["parts"]
