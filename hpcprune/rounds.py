@@ -101,8 +101,8 @@ def target_of_round(job: Job, kind: Kind, layers: Sequence[Layer], number: int, 
     return Target(criterion, prune.scope, shares, job.seed)
 
 
-def followed(layers: Sequence[Layer], carried: Carried) -> Gathered:
-    """What the criterion has followed in the training so far."""
+def followed(layers: Sequence[Layer], carried: Carried) -> Gathered | None:
+    """What a criterion has followed in the training so far; None where none follows anything."""
     totals = followed_only(carried.optimizer)
 
     def of_span(span: Span) -> Tensor:
@@ -113,7 +113,7 @@ def followed(layers: Sequence[Layer], carried: Carried) -> Gathered:
             values = dense_of(values, carried.masks.bits(layer.name), layer.weights)
         return values[span.start : span.stop].double()
 
-    return of_span
+    return of_span if totals else None
 
 
 def gather_statistic(job: Job, prepared: Prepared, kind: Kind, world: World, number: int, display: Display) -> Gathered:

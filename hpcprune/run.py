@@ -173,10 +173,11 @@ class Run:
         for stage, seconds in found.seconds.items():
             ledger.add_seconds(stage, seconds)
         of_weights = self.masks.of("weights")
-        self.display.say(
-            f"{self._name}: pruned to {of_weights.sparsity:.2%}, {of_weights.nonzeros:,} of "
-            f"{of_weights.weights:,} weights survive"
-        )
+        if of_weights:
+            self.display.say(
+                f"{self._name}: pruned to {of_weights.sparsity:.2%}, {of_weights.nonzeros:,} of "
+                f"{of_weights.weights:,} weights survive"
+            )
         graph = graph_left(self.model, self.masks)
         if graph is not None:
             (edges, edges_left), (nodes, nodes_left) = graph["edges"], graph["nodes"]

@@ -17,10 +17,12 @@ from torch_geometric.utils import erdos_renyi_graph
 from hpcprune.criteria import CRITERIA
 from hpcprune.errors import JobError, TaskError
 from hpcprune.graph import Graph, graph_left
+from hpcprune.job_file import load_job
 from hpcprune.layers import find_layers
 from hpcprune.masks import Masks
 from hpcprune.nodes import prune_nodes
 from hpcprune.ranking import Target, prune_layers
+from hpcprune.rounds import target_of_round
 from hpcprune.shards import deal
 from hpcprune.statistics import Attention, Calibration
 from hpcprune.world import World
@@ -264,3 +266,15 @@ def test_what_cannot_be_is_told_before_any_work(
 ) -> None:
     hpcprune("run", JOB, *overrides, "--out", tmp_path / "run").assert_refused(says)
     assert not (tmp_path / "run").exists()
+
+
+def test_a_graph_goes_in_equal_parts_where_weights_go_layer_by_layer() -> None:
+    layers = find_layers(Model(Graph(random_edges(), NODES), GCNConv(WIDTH, 2)), kinds=["edges"])
+    by_layer = ["prune.scope=layer", "prune.schedule=layer-by-layer", "prune.rounds=4"]
+    for overrides, number, share, expected in (
+        (by_layer, 1, 1.0, 0.05),
+        (by_layer, 4, 1.0, 0.2),
+        ([], 1, 0.875, 0.175),
+    ):
+        target = target_of_round(load_job(JOB, overrides), "edges", layers, number, share)
+        assert (target.scope, target.sparsity) == ("global", pytest.approx(expected))

@@ -97,23 +97,34 @@ def run(mpirun: Launch, out: Path, ranks: int, *more: str, **env: str) -> Any:
 def test_a_run_that_is_killed_goes_on_bit_for_bit_and_reports_graph_and_weights_apart(
     mpirun: Launch, tmp_path: Path
 ) -> None:
-    whole = run(mpirun, tmp_path / "whole", 2)
+    by_gradient = "prune.graph.criterion=sensitivity"
+    whole = run(mpirun, tmp_path / "whole", 2, by_gradient)
     assert whole.returncode == 0, whole.stderr
     assert "round 2/2: pruned to 69.92%, 77 of 256 weights survive" in whole.stdout
-    assert "round 2/2: 321 of 401 edges survive, 151 of 159 nodes have any" in whole.stdout
-    killed = run(mpirun, tmp_path / "run", 2, KILL="1:37")
+    assert "round 2/2: 321 of 401 edges survive, " in whole.stdout
+    killed = run(mpirun, tmp_path / "run", 2, by_gradient, KILL="1:37")
     assert killed.returncode != 0 and not (tmp_path / "run/report.json").exists()
-    again = run(mpirun, tmp_path / "run", 2)
+    again = run(mpirun, tmp_path / "run", 2, by_gradient)
     assert again.returncode == 0 and "going on from" in again.stdout, again.stderr
     state = read_model(tmp_path / "run/model.h5")
     assert_same_weights(state, read_model(tmp_path / "whole/model.h5"))
-    assert not any("words" in name or "edge_index" in name for name in state.tensors)
+    criteria = {name: layer.attributes["criterion"] for name, layer in state.layers.items()}
+    expected = {"graph.weight": "sensitivity", "first.lin.weight": "magnitude", "last.lin.weight": "magnitude"}
+    assert criteria == expected and not any(name.startswith("buffers/") for name in state.tensors)
+    assert state.about["sparsity"] == 1 - 77 / 256
     report = json.loads((tmp_path / "run/report.json").read_text())
-    assert report["graph"] == {"edges": [401, 321], "nodes": [159, 151]}
+    mask = state.layers["graph.weight"].mask
+    assert mask is not None
+    ends = build_model(load_task("task.py:Groups", JOB.parent)).graph.ends.numpy()
+    nodes = len(np.unique(ends[:, np.unpackbits(mask, count=401, bitorder="little") == 1]))
+    assert report["graph"] == {"edges": [401, 321], "nodes": [159, nodes]} and nodes <= 151
     last = report["evaluations"][-1]
     assert last["sparsity"] == 1 - 77 / 256
-    assert last["graph"] == {"edges": 1 - 321 / 401, "nodes": 1 - 151 / 159}
-    assert report["model"]["prunable"] == 256
+    assert last["graph"] == {"edges": 1 - 321 / 401, "nodes": 1 - nodes / 159}
+    assert report["model"]["prunable"] == sum(report["histograms"]["dense"]) == 256
+    page = (tmp_path / "run/report.html").read_text()
+    assert all(each in page for each in ("nodes with edges", "77 of 256 prunable weights are left; 321 of 401 edges"))
+    assert f"<td>69.92 %</td><td>19.95 %</td><td>{100 - 100 * nodes / 159:.2f} %</td>" in page
     layers = {layer["name"]: layer for layer in report["layers"]}
     # Of each edge in both directions, and of the loops that the layers add: what a message adds to each of its node's
     # numbers and to its degree.
