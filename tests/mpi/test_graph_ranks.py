@@ -122,6 +122,7 @@ def test_a_run_that_is_killed_goes_on_bit_for_bit_and_reports_graph_and_weights_
     assert last["sparsity"] == 1 - 77 / 256
     assert last["graph"] == {"edges": 1 - 321 / 401, "nodes": 1 - nodes / 159}
     assert report["model"]["prunable"] == sum(report["histograms"]["dense"]) == 256
+    assert sum(report["histograms"]["pruned"]) == 77
     page = (tmp_path / "run/report.html").read_text()
     assert all(each in page for each in ("nodes with edges", "77 of 256 prunable weights are left; 321 of 401 edges"))
     assert f"<td>69.92 %</td><td>19.95 %</td><td>{100 - 100 * nodes / 159:.2f} %</td>" in page
