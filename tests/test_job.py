@@ -434,7 +434,7 @@ def test_an_override_cannot_reach_into_what_is_no_section(write: Write) -> None:
             ["prune.what=[weights, edges]"],
             "what: edges are to go, and nothing says how many; write graph: {edges: 0.2}",
         ),
-        (["prune.what=[nodes]", "prune.sparsity=0", "prune.graph={edges: 0.1}"], "what: nodes are to go, and nothing"),
+        ([*EDGES, "prune.what=[weights, edges, nodes]"], "what: nodes are to go, and nothing says how many; write"),
         (["prune.graph={edges: 0.2}"], "graph.edges: 0.2 are to go, and what does not name them; add edges to what"),
         (["prune.graph={}"], "graph: what names neither edges nor nodes; add one of them to what, or remove graph"),
         (["prune.what=[edges]", "prune.graph={edges: 0.2}"], "sparsity: 0.9 of the weights are to go, and what leaves"),
