@@ -98,8 +98,9 @@ class Runs(NamedTuple):
 
     def _prune(self, domain: Domain, seed: int, criterion: str, sparsity: float) -> None:
         dense = (self._folder(domain, seed) / "dense/dense.h5").absolute()
-        scope = () if criterion in BASES else ("prune.scope=null",)  # the criterion's own instead of the job's
-        given = (f"prune.criterion={criterion}", *scope, f"prune.sparsity={sparsity}")
+        # What belongs to the job's own criterion is not that of others.
+        own = ("prune.calibrate=null",) if criterion in BASES else ("prune.scope=null",)
+        given = (f"prune.criterion={criterion}", *own, f"prune.sparsity={sparsity}")
         self._run(domain, seed, _name(criterion, sparsity), f"weights={dense}", *given)
 
     def _run(self, domain: Domain, seed: int, name: str, *overrides: str) -> bool:

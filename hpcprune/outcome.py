@@ -16,7 +16,7 @@ from torch import nn
 
 from hpcprune.evaluate import inference_seconds, model_flops, timed_batch
 from hpcprune.folder import RunFolder
-from hpcprune.graph import graph_left
+from hpcprune.graph import graph_left, with_whole_graphs
 from hpcprune.host import cpu_name, peak_memory, versions
 from hpcprune.job import Job
 from hpcprune.ledger import Ledger
@@ -51,9 +51,9 @@ def measure_inference(job: Job, prepared: Prepared, masks: Masks) -> dict[str, A
     The pruned one's layers run sparse where that was measured faster; `sparse` says what was found, None where the job
     does not want it.
     """
-    task, dense = prepared.task, prepared.model  # dense layers take as long whatever their weights are
-    shared = {id(tensor): tensor for tensor in (*dense.parameters(), *dense.buffers())}
-    pruned = copy.deepcopy(dense, shared)
+    task, model = prepared.task, prepared.model
+    dense = with_whole_graphs(model)  # dense layers take as long whatever their weights are
+    pruned = copy.deepcopy(model, {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())})
     batch, samples = timed_batch(prepared.data.test, job.evaluate.batch_size, prepared.device)
     found = None
     if job.evaluate.sparse == "auto":
@@ -123,7 +123,8 @@ def _goal(job: Job, ledger: Ledger) -> dict[str, Any] | None:
         return None
     metrics = ledger.evaluations[-1]["metrics"]
     bound = goal.bound(dense_metrics(ledger.evaluations))
-    return {"text": job.prune.until, "bound": bound, "value": metrics[goal.metric], "met": best[1]}
+    told = {"text": job.prune.until, "metric": goal.metric, "bound": bound}
+    return told | {"value": metrics[goal.metric], "met": best[1]}
 
 
 def build_report(

@@ -114,7 +114,7 @@ def _prepare(job: Job, world: World, threads: int, device: torch.device, gpus: l
         assert job.train is not None
         dense = plan_steps(job.train, samples, world.size, "train")
     retrain = _rewound(job, plan_steps(job.retrain, samples, world.size, "retrain"), dense)
-    if not steps_of_round(job.prune, job.prune.rounds, retrain.steps):
+    if job.prune.every_steps is not None and not steps_of_round(job.prune, job.prune.rounds, retrain.steps):
         raise JobError(
             f"prune.every_steps: {job.prune.rounds} prunings, one every {job.prune.every_steps} steps, take more than "
             f"the {retrain.steps} steps of retrain; retrain for longer, or prune less often"

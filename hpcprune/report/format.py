@@ -121,7 +121,7 @@ class Report(TypedDict):
     layers: list[LayerReport]
     evaluations: list[Evaluation]
     graph: dict[str, tuple[int, int]] | None  # edges, nodes that have any: of the whole graph, and survivors
-    goal: dict[str, Any] | None  # of prune.until: text, bound, value, met
+    goal: dict[str, Any] | None  # of prune.until: text, metric, bound, value, met
     costs: dict[str, Costs]  # dense, pruned
     exchange: Exchange
     stages: list[Stage]

@@ -70,6 +70,10 @@ def rows(report: Report) -> list[Row]:
     """The result table, dense against pruned. What was not measured on either side has no row."""
     dense, pruned = first_and_last(report)
     found = [_quality(name, dense.get(name), pruned.get(name), report) for name in metric_names(report)]
+    goal = report.get("goal")
+    if goal is not None:
+        value = as_metric(goal["value"], goal["metric"])
+        found.insert(0, Row(f"goal: {goal['text']}", DASH, value, "", "met" if goal["met"] else "missed", goal["met"]))
     costs = _costs(report)
     for cost in costs.values():
         verdict = cost.verdict

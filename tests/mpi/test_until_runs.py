@@ -44,6 +44,7 @@ def test_the_result_is_the_sparsest_that_meets_the_goal(found: Path) -> None:
     zeros = sum(int((layer.values == 0).sum()) for layer in state.layers.values())
     assert zeros == round(max(met) * weights)
     assert report["goal"]["met"] and report["goal"]["bound"] == pytest.approx(dense - 0.1)
+    assert '<th scope="row">goal: accuracy &gt;= dense - 0.1</th>' in (found / "report.html").read_text()
     thresholds = {layer.attributes["threshold"] for layer in state.layers.values()}
     assert len(thresholds) == 1, "of the round whose network it is, where all layers are ranked together"
 
