@@ -36,6 +36,8 @@ DOMAINS = {
         Domain("movielens", ("lamp", "sensitivity", "fisher"), 0.01),
         Domain("glosses", ("lamp", "sensitivity", "fisher"), 0.015),
         Domain("minilm", ("lamp", "sensitivity", "fisher", "wanda"), 0.01),
+        Domain("cora", ("lamp", "sensitivity", "fisher"), 0.01),
+        Domain("smollm2", ("wanda",), 3.0, sought_at=0.5, given=("task=task.py:Brief",)),
         Domain("fashion", ("lamp", "sensitivity", "fisher", "wanda"), 0.005),
     )
 }

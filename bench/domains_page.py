@@ -75,7 +75,8 @@ class Table(NamedTuple):
                 sparsity: [runs.pruned(domain, seed, criterion, sparsity) for seed in seeds]
                 for sparsity in domain.sparsities
             }
-            for retraining, figure in (("without", "pruned"), ("with", "retrained")):
+            trained = any(each is not None and each.trained for results in found.values() for each in results)
+            for retraining, figure in (("without", "pruned"), ("with", "retrained"))[: 1 + trained]:
                 cells = {
                     sparsity: Cell([getattr(each, figure) for each in results if each is not None], len(seeds))
                     for sparsity, results in found.items()
@@ -102,7 +103,7 @@ class Table(NamedTuple):
         tolerance = self.domain.tolerance
         bound = self.dense.mean - tolerance if self.higher_is_better else self.dense.mean + tolerance
         allowed = as_change(self.metric, 0.0, tolerance).lstrip("+")
-        for retraining in ("without", "with"):
+        for retraining in dict.fromkeys(row.retraining for row in self.rows):
             told = []
             for row in self.rows:
                 good = itertools.takewhile(lambda s, row=row: self.as_good(row.cells[s], bound), row.cells)

@@ -29,7 +29,7 @@ class Domain(NamedTuple):
     """A job, and what of it is measured.
 
     job: its folder, under jobs/. others: the criteria of which the best is taken, as found at `sought_at` on a seed.
-    tolerance: how much worse than dense, in the metric's own unit, still counts as kept.
+    tolerance: how much worse than dense, in the metric's own unit, still counts as kept. given: other keys of the job.
     """
 
     job: str
@@ -37,6 +37,7 @@ class Domain(NamedTuple):
     tolerance: float
     sparsities: tuple[float, ...] = (0.5, 0.8, 0.9, 0.95)
     sought_at: float = 0.9
+    given: tuple[str, ...] = ()
 
     @property
     def file(self) -> Path:
@@ -59,6 +60,11 @@ class Result(NamedTuple):
     @property
     def higher_is_better(self) -> bool:
         return bool(self.report["higher_is_better"])
+
+    @property
+    def trained(self) -> bool:
+        """Whether there was any retraining."""
+        return bool(self.report["exchange"]["steps"])
 
     @property
     def pruned(self) -> float:
@@ -108,8 +114,9 @@ class Runs(NamedTuple):
         out = self._folder(domain, seed) / name
         if not (out / "report.json").is_file():
             self.say(f"{domain.name}, seed {seed}: {name}")
-            one_round = ("prune.rounds=1", "prune.schedule=one-shot", "evaluate.sparse=never")
-            given = (f"seed={seed}", *one_round, *overrides)
+            weights_alone = ("prune.what=[weights]", "prune.graph=null", "evaluate.sparse=never")
+            one_round = ("prune.rounds=1", "prune.schedule=one-shot")
+            given = (f"seed={seed}", *weights_alone, *one_round, *domain.given, *overrides)
             code, told = self.hpcprune("run", domain.file, *given, "--out", out)
             if code:
                 self.say(f"{domain.name}, seed {seed}: {name} failed:\n{told[-2000:]}")
