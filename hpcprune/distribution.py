@@ -10,7 +10,7 @@ from hpcprune.layers import matching
 from hpcprune.shards import Layer
 
 if TYPE_CHECKING:
-    from hpcprune.job import Prune
+    from hpcprune.prune_section import Prune
 
 __all__ = ["erdos_renyi_kernel", "sparsities_of_layers"]
 

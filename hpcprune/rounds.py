@@ -11,7 +11,7 @@ from torch import Tensor
 
 from hpcprune.distribution import sparsities_of_layers
 from hpcprune.graph import graphs_of
-from hpcprune.job import Job, Prune
+from hpcprune.job import Job
 from hpcprune.ledger import Ledger
 from hpcprune.masks import Masks
 from hpcprune.nodes import prune_nodes
@@ -19,6 +19,7 @@ from hpcprune.optimizer import FOLLOWED, followed_only
 from hpcprune.packing import dense_of
 from hpcprune.prepare import Prepared
 from hpcprune.progress import Display
+from hpcprune.prune_section import Prune
 from hpcprune.ranking import Pruned, Target, prune_layers
 from hpcprune.schedule import layers_of_round, name_of_round, share_of_round, sparsity_of_round
 from hpcprune.seeds import derive

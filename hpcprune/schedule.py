@@ -9,7 +9,7 @@ import math
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from hpcprune.job import Prune
+    from hpcprune.prune_section import Prune
     from hpcprune.training import LrSchedule
 
 __all__ = [

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from hpcprune.distribution import erdos_renyi_kernel, sparsities_of_layers
 from hpcprune.errors import JobError
-from hpcprune.job import Prune
+from hpcprune.prune_section import Prune
 from hpcprune.shards import Layer
 
 LAYERS = [

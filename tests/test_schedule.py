@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from torch.nn.utils import prune as torch_prune
 from torch.optim import lr_scheduler
 
-from hpcprune.job import Prune
+from hpcprune.prune_section import Prune
 from hpcprune.schedule import learning_rate_factor, pruned_count, sparsity_of_round
 from hpcprune.training import LrSchedule
 
