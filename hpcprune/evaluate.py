@@ -21,7 +21,7 @@ from hpcprune.world import World, part_of_rank
 __all__ = ["evaluate", "figures_of", "inference_seconds", "model_flops", "timed_batch"]
 
 TIMED_SAMPLES = 64  # samples at most in the batch whose inference is timed
-TIMED_RUNS, FEWEST_RUNS = 25, 3
+TIMED_RUNS, FEWEST_RUNS = 25, 1
 TIMED_SECONDS = 10.0  # after which no more than the fewest runs are made, of networks that take long
 
 

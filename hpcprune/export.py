@@ -60,17 +60,17 @@ def export(source: Path, to: str, target: Path) -> None:
         JobError: there is no such format, or the target is already there.
         CheckpointError: the source is damaged, or the target cannot be written; nothing is left of it then.
     """
+    if to not in (*FORMATS, "hf"):
+        raise JobError(f"--to {to}: no such format; there are {', '.join(FORMATS)}, hf")
+    if os.path.lexists(target):
+        raise JobError(f"{target}: is already there; remove it, or give another name")
+    state = read_model(source)
     if to == "hf":
         from hpcprune.loading import build  # they import torch's data loading and more, which only this needs
         from hpcprune.pretrained import export_folder
 
         task, model = build(source)
-        return export_folder(model, getattr(task, "tokenizer", None), source, target)
-    if to not in FORMATS:
-        raise JobError(f"--to {to}: no such format; there are {', '.join(FORMATS)}, hf")
-    if os.path.lexists(target):
-        raise JobError(f"{target}: is already there; remove it, or give another name")
-    state = read_model(source)
+        return export_folder(model, getattr(task, "tokenizer", None), state, target)
     partial = target.with_name(f".{target.name}.{secrets.token_hex(4)}.partial")
     try:
         fd = os.open(partial, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)

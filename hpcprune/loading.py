@@ -67,7 +67,8 @@ def build(path: Path) -> tuple[Task, nn.Module]:
     job_file = path.with_name("job.yaml")
     if not job_file.exists():
         raise HpcpruneError(
-            f"{path}: no job.yaml beside it says which network this is; give the model: load(path, model)"
+            f"{path}: no job.yaml beside it says which network this is; give the model: load(path, model), or "
+            "put the run's job.yaml there"
         )
     job = load_job(job_file)
     task = load_task(job.task, job.folder)

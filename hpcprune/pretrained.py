@@ -6,10 +6,9 @@ have all of them beside it.
 
 from __future__ import annotations
 
-import os
 import secrets
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -21,24 +20,22 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from hpcprune.checkpoint.file import disk_error, sync_folder
-from hpcprune.checkpoint.read import read_model
-from hpcprune.errors import JobError, WeightsError
-from hpcprune.weights import fit_weights, weights_of
+from hpcprune.checkpoint.format import State
+from hpcprune.errors import CheckpointError, JobError, WeightsError
+from hpcprune.weights import AGAIN, fit_weights, weights_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 __all__ = ["export_folder", "load_model", "load_tokenizer"]
 
-_AGAIN = "cut short or damaged; copy or download it again"
-
 
 def load_model(source: Path) -> PreTrainedModel:
-    """The causal language model of a folder (config.json and .safetensors), or of a .gguf file, dequantized to float32.
+    """The causal language model of a folder (config.json and .safetensors), or of a .gguf file, in float32.
 
     Raises:
-        WeightsError: there is none, transformers (or gguf) is not installed, a file is cut short, or of a kind of model
-            that transformers does not know.
+        WeightsError: there is none, transformers (or gguf) is not installed, a file is cut short, lacks weights that
+            the model needs, or is of a kind of model that transformers does not know.
     """
     _need(source)
     if source.is_dir():
@@ -55,24 +52,22 @@ def load_tokenizer(source: Path) -> PreTrainedTokenizerBase:
     return _told(source, lambda: AutoTokenizer.from_pretrained(**_place(source)))  # type: ignore[no-any-return]
 
 
-def export_folder(model: nn.Module, tokenizer: PreTrainedTokenizerBase | None, checkpoint: Path, target: Path) -> None:
+def export_folder(model: nn.Module, tokenizer: PreTrainedTokenizerBase | None, state: State, target: Path) -> None:
     """Write a folder that `from_pretrained` opens: the model with a checkpoint's weights, pruned ones as zeros.
 
-    The folder appears under its name only when it is whole.
+    The folder, which must not be there yet, appears under its name only when it is whole.
 
     Raises:
-        JobError: the target is already there, or the model is not one of transformers.
-        CheckpointError, WeightsError: the checkpoint is damaged, or another model's; the folder cannot be written.
+        JobError: the model is not one of transformers.
+        CheckpointError, WeightsError: the folder cannot be written, or the weights are another model's.
     """
-    if os.path.lexists(target):
-        raise JobError(f"{target}: is already there; remove it, or give another name")
     save = getattr(model, "save_pretrained", None)
     if save is None:
         raise JobError(
             f"--to hf: the task's model is {type(model).__name__}, not one of transformers (PreTrainedModel), so that "
             "there is no config.json to write; give --to safetensors, torch or h5"
         )
-    fit_weights(model, weights_of(read_model(checkpoint)), checkpoint)
+    fit_weights(model, weights_of(state), target)
     unfinished = target.with_name(f".{target.name}.{secrets.token_hex(4)}.partial")
     try:
         with _without_bars():
@@ -80,12 +75,16 @@ def export_folder(model: nn.Module, tokenizer: PreTrainedTokenizerBase | None, c
         if tokenizer is not None:
             tokenizer.save_pretrained(unfinished)
         readable = unfinished.stat().st_mode & 0o666
-        for file in unfinished.iterdir():
-            file.chmod(readable)  # safetensors' own writer ignores the umask
+        for file in unfinished.rglob("*"):
+            if file.is_file():
+                file.chmod(readable)  # safetensors' own writer ignores the umask
         unfinished.rename(target)
         sync_folder(target.parent)
     except OSError as error:
         raise disk_error(target, error) from error
+    except (SafetensorError, RuntimeError) as error:  # their word for a failing disk
+        reason = " ".join(str(error).split())[:200]
+        raise CheckpointError(f"{target}: cannot be written: {reason}; is the disk full? nothing was left") from error
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
 
@@ -109,7 +108,7 @@ def _check_whole(file: Path) -> None:
         with safe_open(file, "pt"):  # looks whether the file has the length that its header says
             pass
     except (SafetensorError, OSError) as error:
-        raise WeightsError(f"{file}: not a whole safetensors file ({error}): {_AGAIN}") from None
+        raise WeightsError(f"{file}: not a whole safetensors file ({error}): {AGAIN}") from None
 
 
 def _told(source: Path, read: Callable[[], Any]) -> Any:
@@ -140,19 +139,29 @@ def _without_bars() -> Iterator[None]:
 
 def _place(source: Path) -> dict[str, Any]:
     """Where transformers is to look."""
-    if source.is_dir():
-        return {"pretrained_model_name_or_path": source, "local_files_only": True}
-    return {
-        "pretrained_model_name_or_path": source.parent,
-        "gguf_file": source.name,
-        "local_files_only": True,
-    }
+    place: dict[str, Any] = {"pretrained_model_name_or_path": source}
+    if not source.is_dir():
+        place = {"pretrained_model_name_or_path": source.parent, "gguf_file": source.name}
+    return place | {"local_files_only": True, "trust_remote_code": False}
 
 
 def _of_folder(source: Path) -> PreTrainedModel:
     from transformers import AutoModelForCausalLM
 
-    return AutoModelForCausalLM.from_pretrained(**_place(source))
+    opened: Any = AutoModelForCausalLM.from_pretrained(**_place(source), dtype=torch.float32, output_loading_info=True)
+    model, told = opened
+    _need_all(source, [*told["missing_keys"], *(each[0] for each in told["mismatched_keys"])], model)
+    return model  # type: ignore[no-any-return]
+
+
+def _need_all(source: Path, missing: Sequence[str], model: nn.Module) -> None:
+    """Raise WeightsError where a model has weights that its file has not given; they would be anything."""
+    if missing:
+        others = f" and {len(missing) - 3} others" if len(missing) > 3 else ""
+        raise WeightsError(
+            f"{source}: has no {', '.join(sorted(missing)[:3])}{others} for a {type(model).__name__}; give the whole "
+            "model (join a split file: llama-gguf-split --merge), and one for causal language modelling"
+        )
 
 
 @torch.no_grad()
@@ -166,21 +175,35 @@ def _of_gguf(source: Path) -> PreTrainedModel:
     try:
         reader = GGUFReader(source)
     except (ValueError, IndexError, KeyError, OSError) as error:
-        raise WeightsError(f"{source}: not a whole GGUF file ({error}): {_AGAIN}") from None
+        raise WeightsError(f"{source}: not a whole GGUF file ({error}): {AGAIN}") from None
     config = AutoConfig.from_pretrained(**_place(source))
     with no_init_weights():
-        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, trust_remote_code=False)
     model.tie_weights()
     architecture = reader.get_field("general.architecture")
     kind: Any = TENSOR_PROCESSORS.get(architecture.contents() if architecture else "", TensorProcessor)
     processor = kind(config=config.to_dict())
     names = get_gguf_hf_weights_map(model, processor)
     weights, joined = dict(model.state_dict()), {"tensors": dict[str, Tensor]()}
+    missing = {parameter.data_ptr(): name for name, parameter in model.named_parameters()}
+
+    def take(name: str, values: Tensor) -> None:
+        if weights[name].shape != values.shape:
+            raise WeightsError(f"{source}: {name} is {[*values.shape]}, and {[*weights[name].shape]} in the model")
+        weights[name].copy_(values)
+        missing.pop(weights[name].data_ptr(), None)
+
     for tensor in reader.tensors:
         values = dequantize(tensor.data, tensor.tensor_type)
         found = processor.process(weights=values, name=tensor.name, tensor_key_mapping=names, parsed_parameters=joined)
         if found.name in names:
-            weights[names[found.name]].copy_(torch.from_numpy(np.require(found.weights, requirements=("C", "W"))))
+            take(names[found.name], torch.from_numpy(np.require(found.weights, requirements=("C", "W"))))
+        elif found.name not in (None, "rope_freqs.weight"):  # joined below; for texts longer than it was trained on
+            raise WeightsError(
+                f"{source}: {tensor.name} has no place in a {type(model).__name__}, as transformers reads the file; "
+                "give a folder of the model instead"
+            )
     for name, joint in joined["tensors"].items():  # of experts, which a file has one by one
-        weights[name].copy_(joint)
+        take(name, joint)
+    _need_all(source, [*missing.values()], model)
     return model  # type: ignore[no-any-return]

@@ -92,8 +92,10 @@ def score(
     statistic: Gathered | None,
 ) -> torch.Tensor:
     """A score for each number of a span that this rank owns; `criterion.absolute` says whether magnitudes count."""
-    gathered = None if statistic is None else statistic(span)
-    return target.criterion.scores(Piece(layer, span, parameters[layer.name], gathered, target.seed))
+    gathered, numbers = None if statistic is None else statistic(span), parameters[layer.name]
+    if layer.kind == "edges":
+        numbers = numbers.detach().clamp(min=0)  # below 0 an edge does harm, and more so the further
+    return target.criterion.scores(Piece(layer, span, numbers, gathered, target.seed))
 
 
 _Selected = tuple[list[Bits], dict[str, Threshold]]

@@ -34,7 +34,7 @@ from hpcprune.report.write import write_json
 from hpcprune.resuming import resume
 from hpcprune.rounds import next_share, prune_round
 from hpcprune.saving import Saver
-from hpcprune.schedule import name_of_round, steps_of_round
+from hpcprune.schedule import name_of_round, steps_after_round, steps_of_round
 from hpcprune.slurm import seconds_left
 from hpcprune.snapshot import take_result
 from hpcprune.stage import Carried, begin_stage
@@ -243,8 +243,7 @@ class Run:
         job, begun, due = self.job, ledger.step, False
         all_steps = self.prepared.retrain.steps
         steps = range(trainer.plan.steps) if stage == "train" else steps_of_round(job.prune, ledger.round, all_steps)
-        rounds = [steps_of_round(job.prune, number, all_steps) for number in range(1, job.prune.rounds + 1)]
-        later = sum(map(len, rounds[ledger.round :]))
+        later = steps_after_round(job.prune, ledger.round, all_steps)
         self.journal.stage(stage, ledger, self._sparsity, steps.stop)
         if (
             ledger.packed,

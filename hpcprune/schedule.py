@@ -19,6 +19,7 @@ __all__ = [
     "pruned_count",
     "share_of_round",
     "sparsity_of_round",
+    "steps_after_round",
     "steps_of_round",
 ]
 
@@ -63,6 +64,13 @@ def steps_of_round(prune: Prune, number: int, steps: int) -> range:
     if prune.every_steps is None:
         return range(steps)
     return range((number - 1) * prune.every_steps, steps if number == prune.rounds else number * prune.every_steps)
+
+
+def steps_after_round(prune: Prune, number: int, steps: int) -> int:
+    """The steps of retraining in the rounds behind round `number`, each of `steps` or all sharing as many."""
+    if prune.every_steps is not None:
+        return steps - (steps_of_round(prune, number, steps).stop if number else 0)
+    return max(0, prune.rounds - number) * steps
 
 
 def pruned_count(total: int, sparsity: float) -> int:

@@ -82,7 +82,7 @@ def begin_stage(
         name = (job.seed, stage, ledger.round if job.prune.every_steps is None else min(ledger.round, 1))
         task, model, data = prepared.task, prepared.model, prepared.data.train
         bucket_mb = job.retrain.bucket_mb
-        layers = {layer.name for layer in prepared.layers}
+        layers = {layer.name for layer in prepared.layers if layer.kind == "weights"}
         criterion = next((each for each in job.prune.criteria.values() if each.looks_at == "training"), None)
         return Trainer(
             task,

@@ -60,7 +60,7 @@ class Optimizer(Section):
 
 
 class LrSchedule(Section):
-    """The learning rate over the steps of one training; every round starts it anew."""
+    """The learning rate over the steps of one training; every round starts it anew, but for `prune.every_steps`."""
 
     name: Literal["constant", "linear", "cosine", "step"] = "constant"
     """How the learning rate falls after the warm-up."""

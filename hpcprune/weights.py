@@ -26,7 +26,7 @@ from hpcprune.checkpoint.read import read_model
 from hpcprune.errors import CheckpointError, WeightsError
 from hpcprune.tensors import dtype_name, to_tensor
 
-__all__ = ["fit_weights", "load_weights", "weights_of"]
+__all__ = ["AGAIN", "fit_weights", "load_weights", "weights_of"]
 
 log = logging.getLogger(__name__)
 
@@ -38,7 +38,7 @@ WRAPPERS = ("module.", "_orig_mod.")  # what DistributedDataParallel and torch.c
 _HDF5 = b"\x89HDF\r\n\x1a\n"
 _LEGACY = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."  # torch.save before 1.6: a pickled magic number first
 _KINDS = "weights are a torch state dict (.pt, .pth), a .safetensors file, or a model.h5 of hpcprune"
-_AGAIN = "cut short or damaged; copy or download it again"
+AGAIN = "cut short or damaged; copy or download it again"
 
 
 def load_weights(path: Path) -> dict[str, Tensor]:
@@ -112,7 +112,7 @@ def _load_safetensors(path: Path) -> dict[str, Tensor]:
     try:
         return load_file(path)
     except (SafetensorError, OSError, ValueError, KeyError) as error:
-        raise WeightsError(f"{path}: not a whole safetensors file ({_first_line(error)}): {_AGAIN}") from None
+        raise WeightsError(f"{path}: not a whole safetensors file ({_first_line(error)}): {AGAIN}") from None
 
 
 def _load_torch(path: Path, start: bytes) -> dict[str, Tensor]:
@@ -124,13 +124,13 @@ def _load_torch(path: Path, start: bytes) -> dict[str, Tensor]:
     except pickle.UnpicklingError as error:
         found = re.search(r"GLOBAL (\S+)", str(error))
         if found is None:
-            raise WeightsError(f"{path}: {_AGAIN}") from None
+            raise WeightsError(f"{path}: {AGAIN}") from None
         raise WeightsError(
             f"{path}: holds code or objects ({found[1]}) and not weights alone, so it is not loaded; if you trust it, "
             f"convert it: m = torch.load({path.name!r}, weights_only=False), then torch.save(m.state_dict(), 'w.pt')"
         ) from None
     except Exception as error:  # a damaged archive raises whatever its bytes lead to
-        raise WeightsError(f"{path}: {_AGAIN} ({_first_line(error)})") from None
+        raise WeightsError(f"{path}: {AGAIN} ({_first_line(error)})") from None
     return _state_dict(content, path)
 
 
@@ -140,7 +140,7 @@ def _check_archive(path: Path) -> None:
         with zipfile.ZipFile(path) as archive:
             names = [name.partition("/")[2] for name in archive.namelist()]
     except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError):
-        raise WeightsError(f"{path}: {_AGAIN}") from None
+        raise WeightsError(f"{path}: {AGAIN}") from None
     if "constants.pkl" in names:
         raise WeightsError(
             f"{path}: a TorchScript program, which holds code, so it is not loaded; if you trust it, convert it: "

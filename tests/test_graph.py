@@ -14,6 +14,7 @@ from torch.utils.data import TensorDataset
 from torch_geometric.nn import GATConv, GATv2Conv, GCNConv, TransformerConv
 from torch_geometric.utils import erdos_renyi_graph
 
+from hpcprune.checkpoint import read_model
 from hpcprune.criteria import CRITERIA
 from hpcprune.errors import JobError, TaskError
 from hpcprune.graph import Graph, graph_left
@@ -25,6 +26,7 @@ from hpcprune.ranking import Target, prune_layers
 from hpcprune.rounds import target_of_round
 from hpcprune.shards import deal
 from hpcprune.statistics import Attention, Calibration
+from hpcprune.weights import weights_of
 from hpcprune.world import World
 from tests.commands import Command
 from tests.conftest import ROOT
@@ -232,7 +234,7 @@ def test_the_nodes_with_the_lowest_sums_lose_all_edges_and_edges_are_exactly_as_
     count = NODES + 3
     for share in (0.1, 0.3):
         before = masks["graph.weight"].numpy()
-        scores = np.where(before, np.abs(model.graph.weight.detach().double().numpy()), 0)
+        scores = np.where(before, np.maximum(model.graph.weight.detach().double().numpy(), 0), 0)
         touches = [(ends[0] == node) | (ends[1] == node) for node in range(count)]
         sums = [(scores[touch].sum(), node) for node, touch in enumerate(touches) if (touch & before).any()]
         wanted = max(0, round(share * count) - (count - len(sums)))
@@ -277,3 +279,24 @@ def test_a_graph_goes_in_equal_parts_where_weights_go_layer_by_layer() -> None:
     ):
         target = target_of_round(load_job(JOB, overrides), "edges", layers, number, share)
         assert (target.scope, target.sparsity) == ("global", pytest.approx(expected))
+
+
+def test_an_edge_that_does_harm_goes_before_any_that_helps() -> None:
+    """A number that has fallen below 0 counts as 0, however far its momentum has taken it."""
+    graph = Graph(random_edges(), NODES)
+    with torch.no_grad():
+        graph.weight[:] = torch.rand(len(graph.weight)) + 0.1
+        graph.weight[7] = -3
+    layers = find_layers(Model(graph), kinds=["edges"])
+    target = Target(CRITERIA["magnitude"], "global", 1.4 / len(graph.weight))
+    named = dict(Model(graph).named_parameters())
+    masks = prune_layers(named, Masks.full(layers), deal(layers, 1), target, World.alone()).masks
+    assert (~masks["graph.weight"]).nonzero().flatten().tolist() == [7]
+
+
+def test_an_l1_term_does_not_cut_edges(hpcprune: Command, tmp_path: Path) -> None:
+    done = hpcprune("run", ROOT / "tests/jobs/graph/job.yaml", "train.l1=100", "--out", tmp_path / "run")
+    assert done.code == 0, done.err
+    weights = weights_of(read_model(tmp_path / "run/dense.h5"))
+    assert all(bool(w.all()) for name, w in weights.items() if name == "graph.weight")
+    assert any(not bool(w.any()) for name, w in weights.items() if name != "graph.weight"), "the term was of effect"

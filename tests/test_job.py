@@ -251,6 +251,11 @@ VALUES = [
         "did you mean magnitude?",
     ),
     ("prune.criterion", "5", "5 is not one of magnitude, l1, lamp, random, sensitivity, snip, fisher, movement, wanda"),
+    (
+        "prune.graph.criterion",
+        "l1",
+        '"l1" is not one of magnitude, lamp, random, sensitivity, snip, fisher, movement, ',
+    ),
     ("prune.scope", "globl", '"globl" is not one of global, layer, row; did you mean global?'),
     ("prune.layers", "{1.5: 0.5}", '{"1.5": 0.5} is not a mapping of texts, each to a number in [0, 1)'),
     ("prune.layers", "{head: 1}", '{"head": 1} is not a mapping of texts, each to a number in [0, 1)'),
@@ -438,10 +443,6 @@ def test_an_override_cannot_reach_into_what_is_no_section(write: Write) -> None:
         (["prune.graph={edges: 0.2}"], "graph.edges: 0.2 are to go, and what does not name them; add edges to what"),
         (["prune.graph={}"], "graph: what names neither edges nor nodes; add one of them to what, or remove graph"),
         (["prune.what=[edges]", "prune.graph={edges: 0.2}"], "sparsity: 0.9 of the weights are to go, and what leaves"),
-        (
-            [*EDGES, "prune.graph.criterion=l1"],
-            "prune.graph.criterion: l1 prunes what was trained with an L1 term before",
-        ),
         ([*EDGES, "prune.calibrate.samples=5"], "magnitude looks at weights alone, not at samples; remove calibrate"),
         (["prune.rounds=2", "prune.schedule=one-shot"], "one-shot is 1 round, not 2; write schedule: cubic"),
         (["retrain.optimizer={name: adam, momentum: 0.9}"], "momentum belongs to sgd, not to adam; remove it"),

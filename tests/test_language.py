@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 import math
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from types import MappingProxyType
 
 import gguf
 import numpy as np
@@ -21,11 +22,14 @@ from transformers import (
     AutoTokenizer,
     LlamaConfig,
     LlamaForCausalLM,
+    LlamaForSequenceClassification,
     PreTrainedTokenizerFast,
 )
 
-from hpcprune.errors import JobError, WeightsError
+from hpcprune.errors import JobError, TaskError, WeightsError
+from hpcprune.evaluate import figures_of
 from hpcprune.export import export
+from hpcprune.language import LanguageModel
 from hpcprune.pretrained import load_model, load_tokenizer
 from tests.commands import Command
 from tests.conftest import ROOT
@@ -100,7 +104,12 @@ def test_a_job_prunes_the_rows_of_a_folders_model_and_transformers_opens_the_exp
         export(out / "model.h5", "hf", folder)
 
 
-def _write_gguf(path: Path, kind: gguf.GGMLQuantizationType) -> None:
+def _write_gguf(
+    path: Path,
+    kind: gguf.GGMLQuantizationType = gguf.GGMLQuantizationType.F32,
+    without: str = "",
+    beside: Mapping[str, tuple[int, ...]] = MappingProxyType({}),
+) -> None:
     """A Llama with its heads turned as llama.cpp wants them, which is of no matter here: the reader turns them back."""
     writer = gguf.GGUFWriter(path, "llama")
     writer.add_name("a small one")
@@ -129,7 +138,9 @@ def _write_gguf(path: Path, kind: gguf.GGMLQuantizationType) -> None:
             f"blk.{block}.ffn_up": (64, 32),
             f"blk.{block}.ffn_down": (32, 64),
         }
-    for name, shape in shapes.items():
+    for name, shape in (shapes | beside).items():
+        if name == without:
+            continue
         values = random.standard_normal(shape).astype(np.float32)
         own = kind if len(shape) == 2 else gguf.GGMLQuantizationType.F32
         writer.add_tensor(f"{name}.weight", gguf.quantize(values, own), raw_dtype=own)
@@ -139,14 +150,36 @@ def _write_gguf(path: Path, kind: gguf.GGMLQuantizationType) -> None:
     writer.close()
 
 
+HEAD = MappingProxyType({"output": (96, 32)})  # of its own, not tied to the embedding
+
+
 @pytest.mark.parametrize("kind", [gguf.GGMLQuantizationType.F32, gguf.GGMLQuantizationType.Q8_0])
-def test_a_gguf_file_gives_the_weights_that_transformers_own_reader_gives(
-    tmp_path: Path, kind: gguf.GGMLQuantizationType
+@pytest.mark.parametrize("beside", [MappingProxyType({}), HEAD])
+def test_a_gguf_file_gives_the_model_that_transformers_own_reader_gives(
+    tmp_path: Path, kind: gguf.GGMLQuantizationType, beside: Mapping[str, tuple[int, ...]]
 ) -> None:
-    _write_gguf(tmp_path / "net.gguf", kind)
-    ours = load_model(tmp_path / "net.gguf").state_dict()
-    theirs = AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file="net.gguf").state_dict()
-    assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
+    _write_gguf(tmp_path / "net.gguf", kind, beside=beside)
+    ours = load_model(tmp_path / "net.gguf")
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file="net.gguf")
+    assert (ours.lm_head.weight is ours.model.embed_tokens.weight) == (not beside)
+    weights, wanted = ours.state_dict(), theirs.state_dict()
+    assert weights.keys() == wanted.keys() and all(torch.equal(weights[name], wanted[name]) for name in weights)
+    rows = torch.arange(96).view(4, 24)
+    with torch.no_grad():
+        assert torch.equal(ours(rows).logits, theirs(rows).logits)
+
+
+def test_a_file_that_lacks_weights_or_has_others_is_refused(saved: Path, tmp_path: Path) -> None:
+    _write_gguf(tmp_path / "net.gguf", without="blk.1.ffn_up")
+    with pytest.raises(WeightsError, match=r"has no model.layers.1.mlp.up_proj.weight for a LlamaForCausalLM; give"):
+        load_model(tmp_path / "net.gguf")
+    _write_gguf(tmp_path / "net.gguf", beside={"blk.0.ffn_gate_inp": (4, 32)})
+    with pytest.raises(WeightsError, match=r"blk.0.ffn_gate_inp.weight has no place in a LlamaForCausalLM"):
+        load_model(tmp_path / "net.gguf")
+    config = LlamaConfig.from_pretrained(saved / NET, tie_word_embeddings=False)
+    LlamaForSequenceClassification(config).save_pretrained(tmp_path / "net")
+    with pytest.raises(WeightsError, match=r"has no lm_head.weight for a LlamaForCausalLM; .*causal language"):
+        load_model(tmp_path / "net")
 
 
 def test_files_that_are_cut_short_are_named(saved: Path, tmp_path: Path) -> None:
@@ -179,5 +212,32 @@ def test_a_text_shorter_than_a_row_is_refused_before_any_work(saved: Path, tmp_p
     job = shutil.copytree(saved, tmp_path / "job") / "job.yaml"
     (job.parent / "calibration.txt").write_text("w1 w2 w3")
     done = hpcprune("run", job, "--out", tmp_path / "run")
-    done.assert_refused("Words: the text has 3 tokens, fewer than a row of 16; give more text, or a smaller `length`")
+    done.assert_refused("Words: train_text has 3 tokens, fewer than a row of 16; give more text, or a smaller `length`")
     assert not (tmp_path / "run").exists()
+
+
+def test_what_a_task_does_not_say_or_the_model_does_not_know_is_refused(saved: Path) -> None:
+    def told(**attributes: object) -> str:
+        given = {"source": saved / NET, "train_text": saved / "calibration.txt", "test_text": "none.txt"} | attributes
+        words = type("Words", (LanguageModel,), {"__module__": __name__} | given)()
+        with pytest.raises(TaskError) as refused:
+            words.model()
+            words.data()
+        return str(refused.value)
+
+    assert "Words.length: 65 tokens are not in [2, 64], the places that the model knows" in told(length=65)
+    assert "Words.length: 1 tokens are not in [2, 64]" in told(length=1)
+    assert 'Words does not say where its source is; add `source = "..."`' in told(source=None)
+    assert 'does not say where its test_text is; add `test_text = "..."`' in told(length=16, test_text=None)
+    assert "none.txt: No such file or directory; give a text file" in told(length=16)
+    weights = saved / NET / "model.safetensors"
+    assert f"{weights}: no text in UTF-8; give a text file" in told(length=16, test_text=weights)
+
+
+def test_a_perplexity_that_is_not_a_number_is_told_as_that() -> None:
+    task = LanguageModel.__new__(LanguageModel)
+    metrics, rows = task.metrics(), [torch.arange(8).view(2, 4)]
+    task.update(metrics, torch.zeros(2, 4, 8), rows)
+    assert figures_of(metrics)["perplexity"] == pytest.approx(8)
+    task.update(metrics, torch.full((2, 4, 8), math.nan), rows)
+    assert math.isnan(figures_of(metrics)["perplexity"])

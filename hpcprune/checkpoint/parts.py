@@ -1,7 +1,7 @@
-"""The parts of a step: what each rank writes, and the index; copied first, so that what they come from may change.
+"""The parts of a step: what each rank writes, and the index; copied where what they come from may change.
 
-A rank copies only what it writes itself: the survivors of its spans with their masks' bits, its share of the other
-tensors, and its own. So a step costs memory for one copy of the survivors over all ranks together, not for each.
+A rank holds only what it writes itself: the survivors of its spans with their masks' bits, its share of the other
+tensors, and its own. So a copied step costs memory for one copy of the survivors over all ranks together, not for each.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ class SpanLike(Protocol):
 
 @dataclass(frozen=True)
 class Part:
-    """What one rank writes into a step, in memory of its own."""
+    """What one rank writes into a step."""
 
     step: int
     rank: int

@@ -21,6 +21,7 @@ class L1(Magnitude):
     """|w|, of weights that were trained with `l1`."""
 
     name = "l1"
+    kinds = ("weights",)
 
     def refusal(self, job: Job) -> str:
         train = job.train if job.weights == "train" else None

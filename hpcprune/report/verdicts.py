@@ -72,7 +72,7 @@ def rows(report: Report) -> list[Row]:
     found = [_quality(name, dense.get(name), pruned.get(name), report) for name in metric_names(report)]
     goal = report.get("goal")
     if goal is not None:
-        value = as_metric(goal["value"], goal["metric"])
+        value = as_metric(goal["value"], goal.get("metric", report["primary"]))
         found.insert(0, Row(f"goal: {goal['text']}", DASH, value, "", "met" if goal["met"] else "missed", goal["met"]))
     costs = _costs(report)
     for cost in costs.values():

@@ -44,7 +44,7 @@ class Attention:
         model = calibration.model
         (graph,) = (graph for name, graph in graphs_of(model).items() if name == layers[0].name)
         total = torch.zeros(len(graph.weight), dtype=torch.float64, device=graph.weight.device)
-        seen: list[str] = []
+        seen: set[str] = set()
         with calibration.mode(training=False), torch.no_grad(), ExitStack() as hooks:
             for path, module in _attending(model).items():
                 hooks.enter_context(_told(module, _adding(path, graph, total, seen)))
@@ -56,7 +56,7 @@ class Attention:
                 "prune.graph.criterion: attention is to score edges, and no layer that tells it was called while the "
                 "model ran on samples; choose another criterion"
             )
-        calibration.check_finite("" if total.isfinite().all() else f"the attention of {seen[0]}")
+        calibration.check_finite("" if total.isfinite().all() else f"the attention of {min(seen)}")
         own: dict[Span, Tensor] = {}
         for owner, shard in enumerate(shards):
             for span in shard:
@@ -78,7 +78,7 @@ def _attending(model: nn.Module) -> dict[str, nn.Module]:
     }
 
 
-def _adding(path: str, graph: Graph, total: Tensor, seen: list[str]) -> _Told:
+def _adding(path: str, graph: Graph, total: Tensor, seen: set[str]) -> _Told:
     def add(edge_index: Tensor, coefficients: Tensor) -> None:
         places = graph.find(edge_index)
         strange = (places < 0) & (edge_index[0] != edge_index[1])
@@ -89,8 +89,8 @@ def _adding(path: str, graph: Graph, total: Tensor, seen: list[str]) -> _Told:
                 f"{target} that the graph does not have; give it those of graph(), or choose another criterion"
             )
         known = places >= 0
-        total.index_add_(0, places[known], coefficients.double().reshape(len(places), -1).mean(1)[known])
-        seen.append(path)
+        total.index_add_(0, places[known], coefficients.double().flatten(1).mean(1)[known])
+        seen.add(path)
 
     return add
 
@@ -101,7 +101,7 @@ def _told(module: nn.Module, told: _Told) -> Iterator[None]:
     asked: list[bool] = []  # whether the caller wants to be told too, of the calls that are not over
 
     def ask(_: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        asked.append(named.get(_ASKING) is not None)
+        asked.append(bool(named.get(_ASKING)))
         return inputs, named | {_ASKING: True}
 
     def take(_: nn.Module, inputs: tuple[Any, ...], output: Any) -> Any:
