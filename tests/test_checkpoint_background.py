@@ -138,9 +138,9 @@ def test_a_rank_copies_what_it_writes_and_no_more() -> None:
 def test_a_step_that_is_due_waits_for_the_one_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     began = []
 
-    def note(step: int, *arguments: object) -> object:
+    def note(step: int, *arguments: object, copied: bool) -> object:
         began.append((step, names(tmp_path)))
-        return take_part(step, *arguments)  # type: ignore[arg-type]
+        return take_part(step, *arguments, copied=copied)  # type: ignore[arg-type]
 
     monkeypatch.setattr(background, "take_part", note)
     writer = writer_of(tmp_path)
@@ -196,7 +196,7 @@ def test_a_failure_is_told_and_the_steps_before_stay(
     writer.begin(1, taken(1))
     writer.finish()
 
-    def fail(*arguments: object) -> None:
+    def fail(*arguments: object, **named: object) -> None:
         raise error
 
     def end() -> None:

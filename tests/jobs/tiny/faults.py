@@ -18,7 +18,7 @@ from pathlib import Path
 # Where the work of each moment is done, as the module that calls it names it.
 MOMENTS = {
     "calibrating": "hpcprune.statistics.calibration:Calibration.batch",
-    "scoring": "hpcprune.ranking:_score",
+    "scoring": "hpcprune.ranking:score",
     "threshold": "hpcprune.ranking:select_survivors",
     "masks": "hpcprune.ranking:gather_masks",
     "backward": "hpcprune.buckets:Buckets.backward",
