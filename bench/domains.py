@@ -38,6 +38,7 @@ DOMAINS = {
         Domain("minilm", ("lamp", "sensitivity", "fisher", "wanda"), 0.01),
         Domain("cora", ("lamp", "sensitivity", "fisher"), 0.01),
         Domain("smollm2", ("wanda",), 3.0, sought_at=0.5, given=("task=task.py:Brief",)),
+        Domain("smollm2", ("wanda",), 3.0, sparsities=(0.5,), sought_at=0.5, called="smollm2-long"),
         Domain("fashion", ("lamp", "sensitivity", "fisher", "wanda"), 0.005),
     )
 }

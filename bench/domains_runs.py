@@ -30,6 +30,7 @@ class Domain(NamedTuple):
 
     job: its folder, under jobs/. others: the criteria of which the best is taken, as found at `sought_at` on a seed.
     tolerance: how much worse than dense, in the metric's own unit, still counts as kept. given: other keys of the job.
+    called: its name, where a job has several.
     """
 
     job: str
@@ -38,6 +39,7 @@ class Domain(NamedTuple):
     sparsities: tuple[float, ...] = (0.5, 0.8, 0.9, 0.95)
     sought_at: float = 0.9
     given: tuple[str, ...] = ()
+    called: str = ""
 
     @property
     def file(self) -> Path:
@@ -45,7 +47,7 @@ class Domain(NamedTuple):
 
     @property
     def name(self) -> str:
-        return Path(self.job).name
+        return self.called or Path(self.job).name
 
 
 class Result(NamedTuple):
