@@ -105,7 +105,8 @@ def _about(state: State) -> dict[str, str]:
     layers = [Layer(name, layer.shape, layer.dtype) for name, layer in state.layers.items()]
     full = [np.packbits(np.ones(weights_of(layer.shape), np.bool_), bitorder="little") for layer in layers]
     masks = Masks(layers, [full[i] if (m := s.mask) is None else m for i, s in enumerate(state.layers.values())])
-    return {"hpcprune": __version__, "sparsity": repr(masks.sparsity), "mask_hash": masks.hash}
+    sparsity = state.about.get("sparsity", masks.sparsity)  # which is of weights alone, where there are edges too
+    return {"hpcprune": __version__, "sparsity": repr(sparsity), "mask_hash": masks.hash}
 
 
 def _safetensors(fd: int, tensors: Tensors, about: About) -> None:
