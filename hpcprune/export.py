@@ -9,12 +9,16 @@ from __future__ import annotations
 import json
 import os
 import secrets
-from collections.abc import Callable, Mapping
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 
 import h5py
 import numpy as np
 import torch
+from safetensors import SafetensorError
+from torch import Tensor
 
 from hpcprune.checkpoint.file import Sink, disk_error, sync_folder
 from hpcprune.checkpoint.format import State, TensorState, escape, weights_of
@@ -24,6 +28,7 @@ from hpcprune.masks import Masks
 from hpcprune.shards import Layer
 from hpcprune.tensors import to_tensor
 from hpcprune.version import __version__
+from hpcprune.weights import fit_weights
 
 __all__ = ["FORMATS", "export"]
 
@@ -67,26 +72,44 @@ def export(source: Path, to: str, target: Path) -> None:
     state = read_model(source)
     if to == "hf":
         from hpcprune.loading import build  # they import torch's data loading and more, which only this needs
-        from hpcprune.pretrained import export_folder
+        from hpcprune.pretrained import save_folder
 
         task, model = build(source)
-        return export_folder(model, getattr(task, "tokenizer", None), state, target)
-    partial = target.with_name(f".{target.name}.{secrets.token_hex(4)}.partial")
-    try:
+        fit_weights(model, _dense(_tensors(state)), source)
+        with _appearing(target) as partial:
+            save_folder(model, getattr(task, "tokenizer", None), partial)
+        return
+    with _appearing(target) as partial:
         fd = os.open(partial, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
         try:
             FORMATS[to](fd, _tensors(state), _about(state))
             os.fsync(fd)
-            partial.replace(target)
         finally:
             os.close(fd)
-            partial.unlink(missing_ok=True)
+
+
+@contextmanager
+def _appearing(target: Path) -> Iterator[Path]:
+    """A name beside the target's to write to, file or folder; the target appears when all is written, or nothing does.
+
+    Raises:
+        CheckpointError: it could not be written.
+    """
+    partial = target.with_name(f".{target.name}.{secrets.token_hex(4)}.partial")
+    try:
+        yield partial
+        partial.replace(target)
         sync_folder(target.parent)
     except OSError as error:
         raise disk_error(target, error) from error
-    except RuntimeError as error:  # torch's word for a failing disk
+    except (RuntimeError, SafetensorError) as error:  # torch's word for a failing disk, and safetensors'
         reason = " ".join(str(error).split())[:200]
         raise CheckpointError(f"{target}: cannot be written: {reason}; is the disk full? nothing was left") from error
+    finally:
+        if partial.is_dir():
+            shutil.rmtree(partial, ignore_errors=True)
+        else:
+            partial.unlink(missing_ok=True)
 
 
 def _tensors(state: State) -> dict[str, TensorState]:
@@ -99,6 +122,10 @@ def _tensors(state: State) -> dict[str, TensorState]:
         if group in ("parameters", "buffers"):
             tensors[name] = tensor
     return tensors
+
+
+def _dense(tensors: Tensors) -> dict[str, Tensor]:
+    return {name: to_tensor(stored.array, stored.dtype) for name, stored in tensors.items()}
 
 
 def _about(state: State) -> dict[str, str]:
@@ -130,9 +157,8 @@ def _safetensors(fd: int, tensors: Tensors, about: About) -> None:
 
 
 def _torch(fd: int, tensors: Tensors, about: About) -> None:
-    weights = {name: to_tensor(stored.array, stored.dtype) for name, stored in tensors.items()}
     with os.fdopen(os.dup(fd), "wb") as file:
-        torch.save(weights, file)
+        torch.save(_dense(tensors), file)
 
 
 def _h5(fd: int, tensors: Tensors, about: About) -> None:

@@ -48,11 +48,13 @@ class Masks(Mapping[str, torch.Tensor]):
 
     def of(self, kind: Kind) -> Masks:
         """Those of the layers of a kind."""
-        layers = [layer for layer in self.layers if layer.kind == kind]
-        return Masks(layers, [self._bits[layer.name] for layer in layers])
+        layers = tuple(layer for layer in self.layers if layer.kind == kind)
+        return self if layers == self.layers else Masks(layers, [self._bits[layer.name] for layer in layers])
 
     def updated(self, others: Masks) -> Masks:
         """These, with others in place of those of the same layers."""
+        if others.layers == self.layers:
+            return others
         return Masks(
             self.layers, [(others if layer.name in others else self).bits(layer.name) for layer in self.layers]
         )

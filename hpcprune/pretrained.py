@@ -6,8 +6,6 @@ have all of them beside it.
 
 from __future__ import annotations
 
-import secrets
-import shutil
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -16,18 +14,16 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from torch import Tensor, nn
 
-from hpcprune.checkpoint.file import disk_error, sync_folder
-from hpcprune.checkpoint.format import State
-from hpcprune.errors import CheckpointError, JobError, WeightsError
-from hpcprune.weights import AGAIN, fit_weights, weights_of
+from hpcprune.errors import JobError, WeightsError
+from hpcprune.weights import AGAIN, reading_safetensors
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-__all__ = ["export_folder", "load_model", "load_tokenizer"]
+__all__ = ["load_model", "load_tokenizer", "save_folder"]
 
 
 def load_model(source: Path) -> PreTrainedModel:
@@ -40,7 +36,8 @@ def load_model(source: Path) -> PreTrainedModel:
     _need(source)
     if source.is_dir():
         for file in sorted(source.glob("*.safetensors")):
-            _check_whole(file)
+            with reading_safetensors(file), safe_open(file, "pt"):  # its length is held to what its header says
+                pass
     return _told(source, partial(_of_folder if source.is_dir() else _of_gguf, source))  # type: ignore[no-any-return]
 
 
@@ -52,14 +49,12 @@ def load_tokenizer(source: Path) -> PreTrainedTokenizerBase:
     return _told(source, lambda: AutoTokenizer.from_pretrained(**_place(source)))  # type: ignore[no-any-return]
 
 
-def export_folder(model: nn.Module, tokenizer: PreTrainedTokenizerBase | None, state: State, target: Path) -> None:
-    """Write a folder that `from_pretrained` opens: the model with a checkpoint's weights, pruned ones as zeros.
-
-    The folder, which must not be there yet, appears under its name only when it is whole.
+def save_folder(model: nn.Module, tokenizer: PreTrainedTokenizerBase | None, folder: Path) -> None:
+    """Make a folder that `from_pretrained` opens, with the model as it is.
 
     Raises:
         JobError: the model is not one of transformers.
-        CheckpointError, WeightsError: the folder cannot be written, or the weights are another model's.
+        OSError, RuntimeError, SafetensorError: it cannot be written.
     """
     save = getattr(model, "save_pretrained", None)
     if save is None:
@@ -67,26 +62,14 @@ def export_folder(model: nn.Module, tokenizer: PreTrainedTokenizerBase | None, s
             f"--to hf: the task's model is {type(model).__name__}, not one of transformers (PreTrainedModel), so that "
             "there is no config.json to write; give --to safetensors, torch or h5"
         )
-    fit_weights(model, weights_of(state), target)
-    unfinished = target.with_name(f".{target.name}.{secrets.token_hex(4)}.partial")
-    try:
-        with _without_bars():
-            save(unfinished)
-        if tokenizer is not None:
-            tokenizer.save_pretrained(unfinished)
-        readable = unfinished.stat().st_mode & 0o666
-        for file in unfinished.rglob("*"):
-            if file.is_file():
-                file.chmod(readable)  # safetensors' own writer ignores the umask
-        unfinished.rename(target)
-        sync_folder(target.parent)
-    except OSError as error:
-        raise disk_error(target, error) from error
-    except (SafetensorError, RuntimeError) as error:  # their word for a failing disk
-        reason = " ".join(str(error).split())[:200]
-        raise CheckpointError(f"{target}: cannot be written: {reason}; is the disk full? nothing was left") from error
-    finally:
-        shutil.rmtree(unfinished, ignore_errors=True)
+    with _without_bars():
+        save(folder)
+    if tokenizer is not None:
+        tokenizer.save_pretrained(folder)
+    readable = folder.stat().st_mode & 0o666
+    for file in folder.rglob("*"):
+        if file.is_file():
+            file.chmod(readable)  # safetensors' own writer ignores the umask
 
 
 def _need(source: Path) -> None:
@@ -101,14 +84,6 @@ def _need(source: Path) -> None:
         raise WeightsError(
             f"{source}: {what}; give one on disk, as nothing is downloaded (hf download NAME --local-dir FOLDER)"
         )
-
-
-def _check_whole(file: Path) -> None:
-    try:
-        with safe_open(file, "pt"):  # looks whether the file has the length that its header says
-            pass
-    except (SafetensorError, OSError) as error:
-        raise WeightsError(f"{file}: not a whole safetensors file ({error}): {AGAIN}") from None
 
 
 def _told(source: Path, read: Callable[[], Any]) -> Any:

@@ -95,16 +95,17 @@ class Run:
     def _introduce(self, exchange: str, odd: str | None) -> None:
         """Say what runs on what, what was chosen on its own, and what is odd about the launch."""
         world, prepared = self.world, self.prepared
-        weights = sum(layer.weights for layer in prepared.of("weights")[0])
+        layers, _ = prepared.of("weights")
+        weights = sum(layer.weights for layer in layers)
         total = sum(parameter.numel() for parameter in self.model.parameters())
         several = "s" if world.size > 1 else ""
         self.display.say(
             f"{type(self.model).__name__} of {total:,} parameters, {weights:,} of them prunable in "
-            f"{len(prepared.of('weights')[0])} layers, on {world.size} rank{several} with {prepared.threads} "
+            f"{len(layers)} layers, on {world.size} rank{several} with {prepared.threads} "
             f"thread{'s' if prepared.threads > 1 else ''} each"
         )
-        for name in Masks.full(prepared.layers).of("edges"):
-            graph = graphs_of(self.model)[name]
+        for layer in prepared.of("edges")[0]:
+            graph = graphs_of(self.model)[layer.name]
             self.display.say(f"its graph has {graph.nodes:,} nodes and {len(graph.weight):,} edges, prunable too")
         self.display.say(f"{exchange}; {_kernels(prepared.device)}")
         self._warn(odd)
@@ -249,8 +250,7 @@ class Run:
             ledger.packed,
             ledger.sparse,
         ) != decided:  # kept before it has any effect: a run that goes on must not choose anew
-            self.saver.begin(self.masks, ledger, self._state_of(trainer))
-            self.saver.finish(ledger)
+            self.saver.save(self.masks, ledger, self._state_of(trainer))
         title = f"{self._name}: {stage}" if ledger.round else stage
         with self.display.stage(title, steps.stop, ledger.step) as progress:
             self._keep_early(stage)
@@ -321,8 +321,7 @@ class Run:
         self.ledger.complete = True
         if not self.ledger.round:  # the dense training's optimizer is not that of the rounds
             self._carried = Carried(followed_only(self._carried.optimizer), {}, self.masks)
-        self.saver.begin(self.masks, self.ledger, self._carried, copied=False)
-        self.saver.finish(self.ledger)
+        self.saver.save(self.masks, self.ledger, self._carried)
         stop = self.world.allgather(bool(self.stop), "agreeing whether to stop")
         if any(stop):
             self._stopped(f"{self._name} complete")

@@ -27,7 +27,7 @@ __all__ = ["Saver"]
 
 
 class Saver:
-    """Saves a run. `begin`, `advance` and `finish` are collective, as those of `BackgroundWriter`.
+    """Saves a run. `begin`, `advance`, `finish` and `save` are collective, as those of `BackgroundWriter`.
 
     The seconds in which they hold the run up go into the ledger.
     """
@@ -86,6 +86,11 @@ class Saver:
                 state = self._state(masks, ledger, {"ledger": ledger.as_dict()}, carried.optimizer, own)
             check_weights(state, self._world, what)
             self._writer.begin(ledger.run_step, state, copied=copied)
+
+    def save(self, masks: Masks, ledger: Ledger, carried: Carried) -> None:
+        """Write the run as it stands, and wait for it, which takes no copy. Raises what `begin` and `finish` do."""
+        self.begin(masks, ledger, carried, copied=False)
+        self.finish(ledger)
 
     def advance(self, ledger: Ledger) -> None:
         """Go on with what was begun, when every rank is `done`; CheckpointError if it could not be written."""

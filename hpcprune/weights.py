@@ -12,7 +12,8 @@ import logging
 import pickle
 import re
 import zipfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ from hpcprune.checkpoint.read import read_model
 from hpcprune.errors import CheckpointError, WeightsError
 from hpcprune.tensors import dtype_name, to_tensor
 
-__all__ = ["AGAIN", "fit_weights", "load_weights", "weights_of"]
+__all__ = ["AGAIN", "fit_weights", "load_weights", "reading_safetensors", "weights_of"]
 
 log = logging.getLogger(__name__)
 
@@ -65,7 +66,8 @@ def load_weights(path: Path) -> dict[str, Tensor]:
     if start.startswith((b"PK\x03\x04", _LEGACY)):
         return _load_torch(path, start)
     if len(start) > 8 and start[8:9] == b"{":  # 8 bytes of length, then JSON
-        return _load_safetensors(path)
+        with reading_safetensors(path):
+            return load_file(path)
     raise WeightsError(f"{path}: {_name_other(start)}; {_KINDS}")
 
 
@@ -108,9 +110,11 @@ def weights_of(state: State) -> dict[str, Tensor]:
     return weights
 
 
-def _load_safetensors(path: Path) -> dict[str, Tensor]:
+@contextmanager
+def reading_safetensors(path: Path) -> Iterator[None]:
+    """Raise WeightsError where a file turns out not to be whole."""
     try:
-        return load_file(path)
+        yield
     except (SafetensorError, OSError, ValueError, KeyError) as error:
         raise WeightsError(f"{path}: not a whole safetensors file ({_first_line(error)}): {AGAIN}") from None
 
