@@ -81,4 +81,11 @@ INLINE int with_width(int64_t samples, const Work& work) {
   return WIDTH;
 }
 
+// How many samples the tiles of `with_width` have room for that hold so many.
+template <int WIDEST>
+INLINE int64_t places_for(int64_t samples) {
+  const int64_t whole = samples / WIDEST * WIDEST;
+  return samples == whole ? whole : whole + with_width<WIDEST>(samples - whole, [](auto) {});
+}
+
 }  // namespace hpcprune

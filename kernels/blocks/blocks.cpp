@@ -39,6 +39,7 @@ struct Blocks {
   const int32_t *start, *column;
 
   int64_t units() const { return side / UNIT; }
+  int64_t block_row(int64_t row) const { return row >> __builtin_ctzll(side); }  // to divide takes longer than a block
   int64_t block_rows() const { return (rows + side - 1) / side; }
   int64_t block_columns() const { return (columns + side - 1) / side; }
 
@@ -47,8 +48,11 @@ struct Blocks {
   bool fits(int64_t starts, int64_t blocks, int64_t weights) const {
     if (side != 16 && side != 32 && side != 64) return false;
     if (starts != block_rows() + 1 || blocks != start[starts - 1] || weights != blocks * side * side) return false;
-    if (!std::is_sorted(start, start + starts) || start[0] != 0) return false;
-    return std::all_of(column, column + blocks, [&](int32_t each) { return 0 <= each && each < block_columns(); });
+    const auto most = static_cast<uint32_t>(block_columns());
+    bool wrong = start[0] != 0;  // all are looked at, several at once, since to stop at the first takes longer
+    for (int64_t row = 0; row < block_rows(); ++row) wrong |= start[row] > start[row + 1];
+    for (int64_t block = 0; block < blocks; ++block) wrong |= static_cast<uint32_t>(column[block]) >= most;
+    return !wrong;
   }
 
   // Whether so many weights are within the matrix's edges, and `order` says no other: else gradients would be written

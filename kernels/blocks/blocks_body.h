@@ -23,51 +23,74 @@ INLINE void add_products(Vector (&sum)[COUNT][VECTORS], const float* a, const Va
   }
 }
 
-// UNIT rows of Y for COUNT samples, of which `samples` are there and `rows` rows.
-template <int COUNT, class Value, class Element>
-inline void tile(const Blocks& w, int64_t block_row, const Value* value, const float* packed, int64_t unit,
-                 const float* bias, Element* y, int64_t samples, int64_t rows) {
-  Vector sum[COUNT][VECTORS];
-  for (int i = 0; i < COUNT; ++i)
-    for (int v = 0; v < VECTORS; ++v) sum[i][v] = load<Vector>(bias + v * LANES);
-  for (int64_t block = w.start[block_row]; block < w.start[block_row + 1]; ++block) {
+// ROWS times UNIT rows of Y, from `row` on, for COUNT samples, of which `samples` are there. The sums of rows, as those
+// of samples, hide each other's latency.
+template <int COUNT, int ROWS, class Value, class Element>
+inline void tile(const Blocks& w, int64_t row, const Value* value, const float* packed, int64_t unit, const float* bias,
+                 Element* y, int64_t samples) {
+  Vector sum[ROWS][COUNT][VECTORS];
+  int64_t next[ROWS], last[ROWS], together = w.block_columns();
+  for (int r = 0; r < ROWS; ++r) {
+    const int64_t first = row + r * UNIT, block_row = w.block_row(first);
+    float own_bias[UNIT] = {};
+    if (bias) std::copy_n(bias + first, std::min(UNIT, w.rows - first), own_bias);
+    for (int i = 0; i < COUNT; ++i)
+      for (int v = 0; v < VECTORS; ++v) sum[r][i][v] = load<Vector>(own_bias + v * LANES);
+    next[r] = w.start[block_row];
+    last[r] = w.start[block_row + 1];
+    together = std::min(together, last[r] - next[r]);
+  }
+  const auto add_block = [&](int r) {
+    const int64_t block = next[r]++;
     const float* x = packed + w.column[block] * w.units() * unit;
-    const Value* weights = value + block * w.side * w.side;
+    const Value* weights = value + block * w.side * w.side + ((row + r * UNIT) & (w.side - 1));
     for (int64_t u = 0; u < w.units(); ++u, x += unit, weights += UNIT * w.side)
-      add_products<COUNT, UNIT, 1>(sum, x, weights, w.side, UNIT);
-  }
-  for (int i = 0; i < COUNT && i < samples; ++i, y += w.rows) {
-    if (rows == UNIT) {
-      for (int v = 0; v < VECTORS; ++v) store(sum[i][v], y + v * LANES);
-    } else {
-      float line[UNIT];
-      for (int v = 0; v < VECTORS; ++v) store(sum[i][v], line + v * LANES);
-      for (int64_t r = 0; r < rows; ++r) narrow(line[r], y + r);
+      add_products<COUNT, UNIT, 1>(sum[r], x, weights, w.side, UNIT);
+  };
+  for (int64_t i = 0; i < together; ++i)
+#pragma GCC unroll 4  // sums stay in registers only so
+    for (int r = 0; r < ROWS; ++r) add_block(r);
+#pragma GCC unroll 4
+  for (int r = 0; r < ROWS; ++r)
+    while (next[r] < last[r]) add_block(r);
+  for (int i = 0; i < COUNT && i < samples; ++i, y += w.rows)
+    for (int r = 0; r < ROWS; ++r) {
+      const int64_t rows = w.rows - row - r * UNIT;
+      Element* to = y + row + r * UNIT;
+      if (rows >= UNIT) {
+        for (int v = 0; v < VECTORS; ++v) store(sum[r][i][v], to + v * LANES);
+      } else {
+        float line[UNIT];
+        for (int v = 0; v < VECTORS; ++v) store(sum[r][i][v], line + v * LANES);
+        for (int64_t j = 0; j < rows; ++j) narrow(line[j], to + j);
+      }
     }
-  }
+}
+
+// Y of a part's samples, from row `row` up to `end`, in steps of ROWS units as long as there are so many; gives where
+// it ends.
+template <int ROWS, class Value, class Element>
+inline int64_t rows_of(const Blocks& w, const Value* value, const float* packed, int64_t places, const float* bias,
+                       Element* y, int64_t samples, int64_t row, int64_t end) {
+  for (; row + (ROWS - 1) * UNIT < end; row += ROWS * UNIT)
+    for (int64_t s = 0; s < samples;)
+      s += with_width<WIDEST>(samples - s, [&](auto width) {
+        constexpr int COUNT = decltype(width)::value;
+        tile<COUNT, ROWS>(w, row, value, packed + s * UNIT, places * UNIT, bias, y + s * w.rows, samples - s);
+      });
+  return row;
 }
 
 // Y of a part: its samples, the rows of its block rows.
 template <class Value, class Element>
 inline void product(const Blocks& w, const Value* value, const Element* x, const float* bias, Element* y,
                     const Part& part, float* packed) {
-  const int64_t padded = (part.samples + WIDEST - 1) / WIDEST * WIDEST, unit = padded * UNIT;
-  pack(x + part.sample * w.columns, w.columns, w.columns, w.block_columns() * w.side, part.samples, padded, packed);
-  for (int64_t block_row = part.first; block_row < part.last; ++block_row)
-    for (int64_t u = 0; u < w.units(); ++u) {
-      const int64_t row = block_row * w.side + u * UNIT, rows = std::min<int64_t>(UNIT, w.rows - row);
-      if (rows <= 0) break;
-      float own_bias[UNIT] = {};
-      if (bias) std::copy_n(bias + row, rows, own_bias);
-      for (int64_t s = 0; s < part.samples;) {
-        const int64_t left = part.samples - s;
-        Element* to = y + (part.sample + s) * w.rows + row;
-        s += with_width<WIDEST>(left, [&](auto width) {
-          tile<decltype(width)::value>(w, block_row, value + u * UNIT, packed + s * UNIT, unit, own_bias, to, left,
-                                       rows);
-        });
-      }
-    }
+  const int64_t places = places_for<WIDEST>(part.samples), end = std::min(part.last * w.side, w.rows);
+  int64_t row = part.first * w.side;
+  pack(x + part.sample * w.columns, w.columns, w.columns, w.block_columns() * w.side, part.samples, places, packed);
+  y += part.sample * w.rows;
+  if (part.samples * VECTORS <= 4) row = rows_of<4>(w, value, packed, places, bias, y, part.samples, row, end);
+  rows_of<1>(w, value, packed, places, bias, y, part.samples, row, end);
 }
 
 // UNIT neighbouring survivors, of which `width` are inside the matrix.

@@ -64,8 +64,8 @@ inline void tile(int64_t units, const uint32_t* code, const Value* value, const 
 template <class Value, class Element>
 inline void product(const TwoOfFour& w, const Value* value, const Element* x, const float* bias, Element* y,
                     const Part& part, float* packed) {
-  const int64_t padded = (part.samples + WIDEST - 1) / WIDEST * WIDEST, unit = padded * UNIT, units = w.units();
-  pack(x + part.sample * w.columns, w.columns, w.columns, units * UNIT, part.samples, padded, packed);
+  const int64_t places = places_for<WIDEST>(part.samples), unit = places * UNIT, units = w.units();
+  pack(x + part.sample * w.columns, w.columns, w.columns, units * UNIT, part.samples, places, packed);
   for (int64_t stripe = part.first; stripe < part.last; ++stripe) {
     const int64_t row = stripe * 2 * PAIRS, at = stripe * units * PAIRS;
     for (int64_t s = 0; s < part.samples;) {
