@@ -11,9 +11,8 @@
 //
 // 1. portable: tiles of 8 samples in vectors of 4 floats
 // 2. avx2: tiles of 16 samples in vectors of 8, with fused multiply-add
-// 3. avx512: tiles of 32 samples in vectors of 16; with one sample 16 entries meet theirs by one gather on a CPU that
-// is
-//    fast at it, else by permutations of registers that hold the panel
+// 3. avx512: tiles of 32 samples in vectors of 16; with one sample 16 entries meet theirs by one gather, on a CPU that
+//    is fast at it, else by permutations of registers that hold the panel
 
 #include <algorithm>
 #include <cstdlib>
