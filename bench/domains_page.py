@@ -1,4 +1,4 @@
-"""docs/results.md: a table a job, and below it where pruning fails, both from the runs that are there."""
+"""docs/results.md: a table a job, and below it where pruning fails, both from the results that are there."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from domains_runs import Domain, Runs
+from domains_runs import DENSE, Domain, Result, Results, run_name
 
 from hpcprune.report.units import as_change, as_metric
 from hpcprune.report.write import write_text
@@ -23,15 +23,21 @@ HEAD = """# Results: how far each job can be pruned
 The metric of each job under `jobs/` on its test data: the dense network's, and that of networks pruned from it in one
 round, without retraining and with as much of it as the job's file has a round. Means over seeds, ± their standard
 deviation. `random` is the control; the third criterion is the best of several others, in its own scope. In several
-rounds, as the job files prune, networks keep more. `python bench/domains.py` makes this page ({where}).
+rounds, as the job files prune, networks keep more. `python bench/domains.py` makes this page, and
+[results.jsonl](results.jsonl), which has the figures of every run.
 """
 
 
 class Cell(NamedTuple):
-    """A figure over the seeds that have it; `of` is how many the table has."""
+    """A figure over the seeds that have it; `seeds` is how many the table has."""
 
     values: list[float]
-    of: int
+    seeds: int
+
+    @classmethod
+    def of(cls, results: Sequence[Result], figure: str, seeds: int) -> Cell:
+        values = [getattr(each, figure) for each in results]
+        return cls([math.nan if value is None else value for value in values], seeds)
 
     @property
     def mean(self) -> float | None:
@@ -42,7 +48,7 @@ class Cell(NamedTuple):
         if len(self.values) > 1:
             spread = statistics.stdev(self.values)
             number += f" ± {100 * spread:.2f}" if unit else f" ± {spread:.2g}"
-        return number + unit + (f" ({len(self.values)} of {self.of})" if 0 < len(self.values) < self.of else "")
+        return number + unit + (f" ({len(self.values)} of {self.seeds})" if 0 < len(self.values) < self.seeds else "")
 
 
 class Row(NamedTuple):
@@ -66,24 +72,18 @@ class Table(NamedTuple):
     rows: list[Row]
 
     @classmethod
-    def of(cls, runs: Runs, domain: Domain) -> Table:
-        seeds = runs.seeds(domain)
-        dense = [runs.dense(domain, seed) for seed in seeds]
+    def of(cls, results: Results, domain: Domain) -> Table:
+        seeds = results.seeds(domain)
+        dense = results.of(domain, DENSE)
         rows = []
-        for criterion in runs.criteria(domain, seeds[0]):
-            found = {
-                sparsity: [runs.pruned(domain, seed, criterion, sparsity) for seed in seeds]
-                for sparsity in domain.sparsities
-            }
-            trained = any(each is not None and each.trained for results in found.values() for each in results)
+        for criterion in results.criteria(domain, seeds[0]):
+            found = {sparsity: results.of(domain, run_name(criterion, sparsity)) for sparsity in domain.sparsities}
+            trained = any(each.trained for there in found.values() for each in there)
             for retraining, figure in (("without", "pruned"), ("with", "retrained"))[: 1 + trained]:
-                cells = {
-                    sparsity: Cell([getattr(each, figure) for each in results if each is not None], len(seeds))
-                    for sparsity, results in found.items()
-                }
+                cells = {sparsity: Cell.of(there, figure, len(seeds)) for sparsity, there in found.items()}
                 if any(cell.values for cell in cells.values()):
                     rows.append(Row(criterion, retraining, cells))
-        figure = Cell([result.retrained for result in dense], len(seeds))
+        figure = Cell.of(dense, "retrained", len(seeds))
         return cls(domain, dense[0].metric, dense[0].higher_is_better, figure, rows)
 
     def lines(self) -> Iterator[str]:
@@ -128,34 +128,30 @@ class Table(NamedTuple):
         yield f"- No better than a predictor that always says the same ({same}): {'; '.join(told) or 'none'}."
 
 
-def write_page(runs: Runs, domains: Sequence[Domain], page: Path) -> None:
+def write_page(results: Results, domains: Sequence[Domain], page: Path) -> None:
     """The results of all jobs of which there are any. Raises JobError if it cannot be written."""
-    there = [domain for domain in domains if runs.seeds(domain)]
-    where = "no runs yet"
-    if there:
-        report = runs.dense(there[0], runs.seeds(there[0])[0]).report
-        where = f"{report['host']['cpu']}, torch {report['versions']['torch']}"
-    parts = [HEAD.format(where=where), *("\n".join(part(runs, domain)) for domain in there)]
-    write_text(page, "\n".join(parts))
+    there = [domain for domain in domains if results.seeds(domain)]
+    write_text(page, "\n".join([HEAD, *("\n".join(part(results, domain)) for domain in there)]))
 
 
-def part(runs: Runs, domain: Domain) -> Iterator[str]:
+def part(results: Results, domain: Domain) -> Iterator[str]:
     """The lines of a job."""
-    table, seeds = Table.of(runs, domain), runs.seeds(domain)
-    report = runs.dense(domain, seeds[0]).report
+    table, seeds = Table.of(results, domain), results.seeds(domain)
+    dense = results.of(domain, DENSE)
+    first = dense[0]
+    where = " and ".join(dict.fromkeys(f"{each.cpu}, torch {each.torch}" for each in dense))
     told = ast.get_docstring(ast.parse((domain.file.parent / "task.py").read_text())) or ""
     yield f"## {domain.name}\n"
     yield " ".join(told.partition("\n\n")[0].split())
-    yield f"{report['model']['parameters']:,} parameters, {report['model']['prunable']:,} of them prunable;"
-    yield f"{count(len(seeds), 'seed')}, on {count(report['ranks'], 'rank')}:"
-    yield f"`python bench/domains.py --jobs {domain.name} --seeds {len(seeds)} --ranks {report['ranks']}`\n"
+    yield f"{first.parameters:,} parameters, {first.prunable:,} of them prunable;"
+    yield f"{count(len(seeds), 'seed')}, on {count(first.ranks, 'rank')} ({where}):"
+    yield f"`python bench/domains.py --jobs {domain.name} --seeds {len(seeds)} --ranks {first.ranks}`\n"
     yield from table.lines()
     yield ""
     yield from table.kept()
-    constant = runs.constant(domain)
-    if constant is not None:
-        yield from table.lost(constant)
-    sought = runs.sought(domain, seeds[0])
+    if first.constant is not None:
+        yield from table.lost(first.constant)
+    sought = results.sought(domain, seeds[0])
     if len(sought) > 1:
         figures = ", ".join(f"{each} {as_metric(result.retrained, table.metric)}" for each, result in sought.items())
         yield f"- Other criteria at {percent(domain.sought_at)}, seed {seeds[0]}, with retraining: {figures}."

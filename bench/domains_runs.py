@@ -1,8 +1,8 @@
-"""The runs of bench/domains.py: each a folder of its own, made where it is missing, and what their reports say.
+"""The runs of bench/domains.py: those that are missing are made, and of each a line is kept.
 
-runs/domains/JOB/constant.json              what a predictor reaches that always says the same
+docs/results.jsonl                          what every run reached, with the page that is made of it
 runs/domains/JOB/seed-1/dense/              the dense network, which all other runs of the seed prune
-runs/domains/JOB/seed-1/magnitude-90/       a criterion at a sparsity
+runs/domains/JOB/seed-1/magnitude-90/       a criterion at a sparsity, until it is complete
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from hpcprune.report.write import write_text
 from tests.conftest import ROOT, launch_command, launch_environment
 
 BASES = ("random", "magnitude")
+DENSE = "dense"
 PATIENCE = 60  # seconds that a run has for its checkpoint when it is told to stop
 
 
@@ -51,127 +52,150 @@ class Domain(NamedTuple):
 
 
 class Result(NamedTuple):
-    """What a report says: the primary metric after pruning, and after retraining; NaN where it was not finite."""
+    """A run, and what its report says: the primary metric after pruning and after retraining, None where not finite.
 
-    report: dict[str, Any]
-
-    @property
-    def metric(self) -> str:
-        return str(self.report["primary"])
-
-    @property
-    def higher_is_better(self) -> bool:
-        return bool(self.report["higher_is_better"])
-
-    @property
-    def trained(self) -> bool:
-        """Whether there was any retraining."""
-        return bool(self.report["exchange"]["steps"])
-
-    @property
-    def pruned(self) -> float:
-        return self._reached(-2)
-
-    @property
-    def retrained(self) -> float:
-        return self._reached(-1)
-
-    def _reached(self, evaluation: int) -> float:
-        value = self.report["evaluations"][evaluation]["metrics"][self.metric]
-        return float("nan") if value is None else float(value)
-
-
-class Runs(NamedTuple):
-    """Those in a folder. Of each its report is kept, and the dense network's weights.
-
-    hpcprune: runs `hpcprune` with some words, and gives its exit status and what it said of errors.
+    constant: with a dense network, what a predictor reaches that always says the same; None where there is none.
     """
 
-    out: Path
-    hpcprune: Callable[..., tuple[int, str]]
-    say: Callable[[str], None] = print
+    job: str
+    seed: int
+    run: str
+    metric: str
+    higher_is_better: bool
+    pruned: float | None
+    retrained: float | None
+    trained: bool  # whether there was any retraining
+    parameters: int
+    prunable: int
+    ranks: int
+    cpu: str
+    torch: str
+    constant: float | None = None
 
-    # Made
+    @classmethod
+    def of(cls, domain: Domain, seed: int, run: str, report: dict[str, Any]) -> Result:
+        metric = report["primary"]
+        pruned, retrained = (each["metrics"][metric] for each in report["evaluations"][-2:])
+        model, trained = report["model"], bool(report["exchange"]["steps"])
+        return cls(
+            *(domain.name, seed, run, metric, report["higher_is_better"], pruned, retrained, trained),
+            *(model["parameters"], model["prunable"]),
+            *(report["ranks"], report["host"]["cpu"], report["versions"]["torch"]),
+        )
 
-    def measure(self, domain: Domain, seed: int, first: int) -> None:
-        """Make the runs of a seed that are missing. The best other criterion is that of seed `first`."""
-        self._note_constant(domain)
-        if not self._run(domain, seed, "dense", "prune.sparsity=0", "retrain.steps=null", "retrain.epochs=0"):
-            return
-        for other in domain.others if seed == first else ():
-            self._prune(domain, seed, other, domain.sought_at)
-        for criterion in self.criteria(domain, first):
-            for sparsity in domain.sparsities:
-                self._prune(domain, seed, criterion, sparsity)
 
-    def _prune(self, domain: Domain, seed: int, criterion: str, sparsity: float) -> None:
-        dense = (self._folder(domain, seed) / "dense/dense.h5").absolute()
-        # What belongs to the job's own criterion is not that of others.
-        own = ("prune.calibrate=null",) if criterion in BASES else ("prune.scope=null",)
-        given = (f"prune.criterion={criterion}", *own, f"prune.sparsity={sparsity}")
-        self._run(domain, seed, _name(criterion, sparsity), f"weights={dense}", *given)
+class Results:
+    """The lines of a file. What is added is there at once, so that no figure is lost with the process."""
 
-    def _run(self, domain: Domain, seed: int, name: str, *overrides: str) -> bool:
-        """Make a run, or what is left of it; whether it is complete."""
-        out = self._folder(domain, seed) / name
-        if not (out / "report.json").is_file():
-            self.say(f"{domain.name}, seed {seed}: {name}")
-            weights_alone = ("prune.what=[weights]", "prune.graph=null", "evaluate.sparse=never")
-            one_round = ("prune.rounds=1", "prune.schedule=one-shot")
-            given = (f"seed={seed}", *weights_alone, *one_round, *domain.given, *overrides)
-            code, told = self.hpcprune("run", domain.file, *given, "--out", out)
-            if code:
-                self.say(f"{domain.name}, seed {seed}: {name} failed:\n{told[-2000:]}")
-                return False
-        shutil.rmtree(out / "checkpoints", ignore_errors=True)
-        (out / "model.h5").unlink(missing_ok=True)
-        return True
+    def __init__(self, file: Path) -> None:
+        self._file = file
+        lines = file.read_text().splitlines() if file.is_file() else []
+        found = [Result(**json.loads(line)) for line in lines]
+        self._found = {(each.job, each.seed, each.run): each for each in found}
 
-    def _note_constant(self, domain: Domain) -> None:
-        file = self._constant(domain)
-        if not file.is_file():  # for it takes the data
-            file.parent.mkdir(parents=True, exist_ok=True)
-            write_text(file, json.dumps(constant_predictor(domain)) + "\n")
+    def get(self, domain: Domain, seed: int, run: str) -> Result | None:
+        return self._found.get((domain.name, seed, run))
 
-    # There
+    def add(self, result: Result) -> None:
+        self._write({**self._found, (result.job, result.seed, result.run): result})
+
+    def forget(self, domain: Domain, seed: int) -> None:
+        """Of a seed nothing is left."""
+        self._write({key: each for key, each in self._found.items() if key[:2] != (domain.name, seed)})
+
+    def of(self, domain: Domain, run: str) -> list[Result]:
+        """Of all seeds that have it."""
+        return [each for (job, _, name), each in sorted(self._found.items()) if (job, name) == (domain.name, run)]
 
     def seeds(self, domain: Domain) -> list[int]:
-        """Those whose dense network is there."""
-        found = (self.out / domain.name).glob("seed-*/dense/report.json")
-        return sorted(int(file.parent.parent.name.removeprefix("seed-")) for file in found)
-
-    def dense(self, domain: Domain, seed: int) -> Result:
-        return Result(json.loads((self._folder(domain, seed) / "dense/report.json").read_text()))
-
-    def pruned(self, domain: Domain, seed: int, criterion: str, sparsity: float) -> Result | None:
-        """None where it is missing."""
-        file = self._folder(domain, seed) / _name(criterion, sparsity) / "report.json"
-        return Result(json.loads(file.read_text())) if file.is_file() else None
-
-    def constant(self, domain: Domain) -> float | None:
-        """What a predictor reaches that always says the same; None where there is none for the metric."""
-        value: float | None = json.loads(self._constant(domain).read_text())
-        return value
+        """Those whose dense network was measured."""
+        return [each.seed for each in self.of(domain, DENSE)]
 
     def sought(self, domain: Domain, seed: int) -> dict[str, Result]:
         """What was tried of the other criteria, the best first."""
-        found = {each: self.pruned(domain, seed, each, domain.sought_at) for each in domain.others}
+        found = {each: self.get(domain, seed, run_name(each, domain.sought_at)) for each in domain.others}
         there = [(each, result) for each, result in found.items() if result is not None]
-        return dict(sorted(there, key=lambda pair: pair[1].retrained * (-1 if pair[1].higher_is_better else 1)))
+        return dict(sorted(there, key=lambda pair: _loss(pair[1])))
 
     def criteria(self, domain: Domain, seed: int) -> list[str]:
         """Those that are compared: random, magnitude, and the best other of a seed."""
         return [*BASES, *[*self.sought(domain, seed)][:1]]
 
+    def _write(self, found: dict[tuple[str, int, str], Result]) -> None:
+        self._found = dict(sorted(found.items(), key=lambda item: item[0][:2]))
+        write_text(self._file, "".join(json.dumps(each._asdict()) + "\n" for each in self._found.values()))
+
+
+class Runs(NamedTuple):
+    """Those in a folder, which are forgotten once they are in the results; of a seed the dense network is kept.
+
+    hpcprune: runs `hpcprune` with some words, and gives its exit status and what it said of errors.
+    """
+
+    out: Path
+    results: Results
+    hpcprune: Callable[..., tuple[int, str]]
+    say: Callable[[str], None] = print
+
+    def measure(self, domain: Domain, seed: int, first: int) -> None:
+        """Make the runs of a seed that are missing. The best other criterion is that of seed `first`."""
+        while missing := self._missing(domain, seed, first):
+            criterion, sparsity = missing[0]
+            if criterion != DENSE and not self._dense(domain, seed).is_file():
+                self.results.forget(domain, seed)  # for all are to prune one network
+            elif not self._run(domain, seed, criterion, sparsity):
+                return
+
+    def _missing(self, domain: Domain, seed: int, first: int) -> list[tuple[str, float]]:
+        """Criteria and sparsities. More may be missing after those: the others are tried before the best is known."""
+        others = [(other, domain.sought_at) for other in domain.others if seed == first]
+        compared = [(c, s) for c in self.results.criteria(domain, first) for s in domain.sparsities]
+        wanted = [(DENSE, 0.0), *others, *compared]
+        return [each for each in wanted if self.results.get(domain, seed, run_name(*each)) is None]
+
+    def _run(self, domain: Domain, seed: int, criterion: str, sparsity: float) -> bool:
+        """Make a run, or what is left of it; whether it is complete."""
+        name = run_name(criterion, sparsity)
+        out = self._folder(domain, seed) / name
+        self.say(f"{domain.name}, seed {seed}: {name}")
+        weights_alone = ("prune.what=[weights]", "prune.graph=null", "evaluate.sparse=never")
+        one_round = ("prune.rounds=1", "prune.schedule=one-shot")
+        given = (f"seed={seed}", *weights_alone, *one_round, *domain.given, f"prune.sparsity={sparsity}")
+        if criterion == DENSE:
+            own: tuple[str, ...] = ("retrain.steps=null", "retrain.epochs=0")
+        else:
+            # What belongs to the job's own criterion is not that of others.
+            unset = "prune.calibrate=null" if criterion in BASES else "prune.scope=null"
+            own = (f"weights={self._dense(domain, seed).absolute()}", f"prune.criterion={criterion}", unset)
+        code, told = self.hpcprune("run", domain.file, *given, *own, "--out", out)
+        if code:
+            self.say(f"{domain.name}, seed {seed}: {name} failed:\n{told[-2000:]}")
+            return False
+        result = Result.of(domain, seed, name, json.loads((out / "report.json").read_text()))
+        if criterion == DENSE:
+            result = result._replace(constant=constant_predictor(domain))
+        self.results.add(result)
+        if criterion != DENSE:
+            shutil.rmtree(out)
+        return True
+
+    def _dense(self, domain: Domain, seed: int) -> Path:
+        return self._folder(domain, seed) / DENSE / "dense.h5"
+
     def _folder(self, domain: Domain, seed: int) -> Path:
         return self.out / domain.name / f"seed-{seed}"
 
-    def _constant(self, domain: Domain) -> Path:
-        return self.out / domain.name / "constant.json"
+
+def run_name(criterion: str, sparsity: float) -> str:
+    """As in the results."""
+    return f"{criterion}-{100 * sparsity:g}" if criterion != DENSE else DENSE
 
 
-def _name(criterion: str, sparsity: float) -> str:
-    return f"{criterion}-{100 * sparsity:g}"
+def _loss(result: Result) -> float:
+    """What is least for the best."""
+    if result.retrained is None:
+        return float("inf")
+    return -result.retrained if result.higher_is_better else result.retrained
 
 
 def launch(ranks: int, *words: str | Path) -> tuple[int, str]:
