@@ -11,20 +11,18 @@ import math
 import time
 from pathlib import Path
 
-import torch
-
 from hpcprune.errors import CheckpointError, NumericsError
 from hpcprune.evaluate import evaluate
 from hpcprune.exchange.choose import open_exchange
 from hpcprune.exchange.wire import travelling_dtypes
 from hpcprune.folder import RunFolder
-from hpcprune.graph import graph_left, graphs_of
+from hpcprune.graph import graph_left
 from hpcprune.job import Job
 from hpcprune.journal import Journal
 from hpcprune.launch import check_code, check_folder, late_checkpoint
 from hpcprune.ledger import Ledger
 from hpcprune.masks import Masks
-from hpcprune.native import cuda, library
+from hpcprune.narration import evaluated, introduction, pruned
 from hpcprune.optimizer import followed_only
 from hpcprune.outcome import build_report, measure_costs, measure_inference, rank_load, weight_histogram
 from hpcprune.prepare import prepare
@@ -66,7 +64,9 @@ class Run:
         self.exchange, why = open_exchange(job.retrain.exchange, world, self.prepared.device, dtypes)
         world.lead(lambda: folder.open(job, 2 * self.prepared.dense_bytes), "opening the run's folder")
         check_folder(folder.path, world)
-        self._introduce(why, odd)
+        for line in introduction(self.prepared, world, why):
+            display.say(line)
+        self._warn(odd)
         self.masks = Masks.full(self.prepared.layers)
         self.ledger = Ledger()
         self.saver = Saver(job, self.prepared, folder, world)
@@ -91,24 +91,6 @@ class Run:
             raise
         self._finish()
         self.exchange.close()
-
-    def _introduce(self, exchange: str, odd: str | None) -> None:
-        """Say what runs on what, what was chosen on its own, and what is odd about the launch."""
-        world, prepared = self.world, self.prepared
-        layers, _ = prepared.of("weights")
-        weights = sum(layer.weights for layer in layers)
-        total = sum(parameter.numel() for parameter in self.model.parameters())
-        several = "s" if world.size > 1 else ""
-        self.display.say(
-            f"{type(self.model).__name__} of {total:,} parameters, {weights:,} of them prunable in "
-            f"{len(layers)} layers, on {world.size} rank{several} with {prepared.threads} "
-            f"thread{'s' if prepared.threads > 1 else ''} each"
-        )
-        for layer in prepared.of("edges")[0]:
-            graph = graphs_of(self.model)[layer.name]
-            self.display.say(f"its graph has {graph.nodes:,} nodes and {len(graph.weight):,} edges, prunable too")
-        self.display.say(f"{exchange}; {_kernels(prepared.device)}")
-        self._warn(odd)
 
     def _warn(self, odd: str | None) -> None:
         if odd is not None:
@@ -173,18 +155,8 @@ class Run:
         }
         for stage, seconds in found.seconds.items():
             ledger.add_seconds(stage, seconds)
-        of_weights = self.masks.of("weights")
-        if of_weights:
-            self.display.say(
-                f"{self._name}: pruned to {of_weights.sparsity:.2%}, {of_weights.nonzeros:,} of "
-                f"{of_weights.weights:,} weights survive"
-            )
-        graph = graph_left(self.model, self.masks)
-        if graph is not None:
-            (edges, edges_left), (nodes, nodes_left) = graph["edges"], graph["nodes"]
-            self.display.say(
-                f"{self._name}: {edges_left:,} of {edges:,} edges survive, {nodes_left:,} of {nodes:,} nodes have any"
-            )
+        for line in pruned(self.model, self.masks):
+            self.display.say(f"{self._name}: {line}")
         weights = sum(span.weights for span in self.prepared.shards[self.world.rank])
         self.display.say(f"scored {weights:,} weights in {sum(found.seconds.values()):.3f} s", every_rank=True)
         self._evaluate("pruned")
@@ -313,9 +285,7 @@ class Run:
         seconds = time.perf_counter() - start
         graph = graph_left(self.model, self.masks)
         self.journal.evaluation(self.ledger, when, self._sparsity, graph, metrics, seconds)
-        shown = {"loss", *task.metrics()}  # and not those of each class
-        figures = "  ".join(f"{name} {value:.4f}" for name, value in metrics.items() if name in shown)
-        self.display.say(f"{self._name}: {when}: {figures}")
+        self.display.say(f"{self._name}: {when}: {evaluated(task, metrics)}")
 
     def _complete_round(self) -> None:
         self.ledger.complete = True
@@ -371,12 +341,3 @@ class Run:
     @property
     def _dense_file(self) -> Path:
         return self.job.weights_file or self.folder.dense
-
-
-def _kernels(device: torch.device) -> str:
-    """Which compiled kernels run, why these, and how to choose others."""
-    of_the_cpu = f"kernels {library.describe()}; HPCPRUNE_NATIVE={'|'.join(library.CHOICES)} forces others"
-    if device.type != "cuda":
-        return of_the_cpu
-    with torch.cuda.device(device):
-        return f"{of_the_cpu}; on the GPU {cuda.describe()}"

@@ -1,9 +1,8 @@
 """The ranks of a run: their collectives, and what happens when one of them fails, is late or is told to stop.
 
 Collectives are MPI's non-blocking ones, waited for by polling. That costs a few microseconds and buys three things:
-a wait has a time limit, Python's signal handlers run while a rank waits, and a rank that waits can talk. Nobody can ask
-a rank that is not there why it is missing, so the ranks that did arrive tell each other so, shortly before the limit;
-whoever was not heard of is missing and is named.
+a wait has a time limit, Python's signal handlers run while a rank waits, and a rank that waits can talk: shortly before
+the limit the ranks that did arrive tell each other so (`announcements.py`), and whoever was not heard of is named.
 
 A failure is treated in one of two ways. Mistakes that are found before work starts are collected from all ranks
 (`World.together`), printed once, and every rank exits by itself. Any later exception aborts the whole MPI job from the
@@ -27,6 +26,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar
 import numpy as np
 import numpy.typing as npt
 
+from hpcprune.announcements import SETTLE, Announcements
 from hpcprune.errors import HpcpruneError, WorldError
 
 if TYPE_CHECKING:
@@ -37,12 +37,8 @@ __all__ = ["World", "as_ranges", "part_of_rank", "promised_size", "threads_of_a_
 T = TypeVar("T")
 Array = npt.NDArray[Any]
 
-ANNOUNCE_TAG = 30533  # "I have arrived at this collective" and "I have failed"; user code is unlikely to use this tag
-FAILED = -1  # what a rank announces in place of a collective's serial number
 FIRST_TRIES = 2000  # polls before the wait begins to sleep
-FEWEST_TRIES = 20  # to hear of other ranks' failures, however slow this rank is at the moment
 LONGEST_SLEEP = 1e-3  # seconds between polls of a long wait
-SETTLE = 0.5  # seconds that failing ranks take to learn of each other's failures
 SLICE = 1 << 28  # bytes that one gather moves at most, since MPI counts in 32 bits
 
 # What launchers tell a process about the number of ranks, the innermost launcher first.
@@ -77,9 +73,7 @@ class World:
         self.bytes_reduced = 0
         self.seconds_waited = 0.0
         self._serial = 0
-        self._heard: dict[int, int] = {}  # rank -> serial number of the latest collective it has announced
-        self._failed: set[int] = set()  # ranks that have said that they failed
-        self._sent: list[tuple[MPI.Request, Array]] = []  # messages must live until they are sent, if they ever are
+        self._announcements = Announcements(comm)
 
     @classmethod
     def of(cls, comm: World | MPI.Intracomm | None = None, timeout: float = 300.0) -> World:
@@ -229,42 +223,17 @@ class World:
                 continue
             waited = time.monotonic() - start
             time.sleep(min(waited / 20, LONGEST_SLEEP))
-            asked = self._listen()
+            asked = self._announcements.listen(self._serial)
             if not announced and (asked or waited > 0.8 * self.timeout):
-                self._announce(self._serial)
+                self._announcements.announce(self._serial)
                 announced = True
             if waited > self.timeout:
                 self.seconds_waited += waited
                 raise WorldError(self._describe_missing(what))
         self.seconds_waited += time.monotonic() - start
 
-    def _announce(self, serial: int) -> None:
-        if self.comm is None:
-            return
-        message = np.array([serial], np.int64)
-        for other in range(self.size):
-            if other != self.rank:
-                self._sent.append((self.comm.Isend(message, other, ANNOUNCE_TAG), message))
-
-    def _listen(self) -> bool:
-        """Take in what other ranks have announced; True if one of them waits for this collective or a later one."""
-        if self.comm is None:
-            return False
-        from mpi4py import MPI
-
-        status, message, asked = MPI.Status(), np.empty(1, np.int64), False
-        while self.comm.Iprobe(MPI.ANY_SOURCE, ANNOUNCE_TAG, status):
-            self.comm.Recv(message, status.Get_source(), ANNOUNCE_TAG)
-            serial, source = int(message[0]), status.Get_source()
-            if serial == FAILED:
-                self._failed.add(source)
-            else:
-                self._heard[source] = serial
-                asked = asked or serial >= self._serial
-        return asked
-
     def _describe_missing(self, what: str) -> str:
-        present = {rank for rank, serial in self._heard.items() if serial >= self._serial} | {self.rank}
+        present = self._announcements.arrived(self._serial) | {self.rank}
         missing = [rank for rank in range(self.size) if rank not in present]
         names = ("rank " if len(missing) == 1 else "ranks ") + as_ranges(missing)
         if not missing:
@@ -307,31 +276,13 @@ class World:
             sys.exit(agreed.error.exit_code if agreed.error else 1)
         except (Exception, KeyboardInterrupt) as error:
             code = error.exit_code if isinstance(error, HpcpruneError) else 1
-            if self._settle():
+            if self._announcements.fail():
                 _print_failure(self, error, traceback.format_exc())
             else:
                 time.sleep(2 * SETTLE)  # the rank that prints must come to it before this one ends them all
             if self.comm is not None and self.size > 1:
                 self.comm.Abort(code)
             sys.exit(code)
-
-    def _settle(self) -> bool:
-        """Whether this rank is the one to print: no rank failed before it, and no lower one at the same time."""
-        if self.comm is None or self.size == 1:
-            return True
-        self._listen_for(SETTLE / 10)
-        if self._failed:
-            return False  # and it does not announce itself: the rank that failed before it shall print
-        self._announce(FAILED)
-        self._listen_for(SETTLE)
-        return all(rank > self.rank for rank in self._failed)
-
-    def _listen_for(self, seconds: float) -> None:
-        end, tries = time.monotonic() + seconds, 0
-        while time.monotonic() < end or tries < FEWEST_TRIES:
-            self._listen()
-            time.sleep(LONGEST_SLEEP)
-            tries += 1
 
 
 def part_of_rank(count: int, world: World) -> tuple[int, int]:

@@ -16,9 +16,9 @@ import pytest
 from rich.console import Console
 
 from hpcprune.errors import JobError
+from hpcprune.report.curve import thinned
 from hpcprune.report.format import Report
 from hpcprune.report.page import write_html
-from hpcprune.report.plots import thinned
 from hpcprune.report.table import print_table
 from hpcprune.report.units import as_bytes, as_percent, as_seconds
 from hpcprune.report.verdicts import findings, rows

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -16,7 +15,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, FuncFormatter, MaxNLocator, NullFormatter
 
-from hpcprune.report.format import CurvePoint, Evaluation, Report
+from hpcprune.report.curve import loss
+from hpcprune.report.format import Evaluation, Report
 from hpcprune.report.svg import BAND, DASHES, DENSE, INK, LINE, MUTED, OTHER, PRUNED, note, svg
 from hpcprune.report.units import as_count, as_percent, as_seconds, is_share, plain
 from hpcprune.report.verdicts import layers_of_weights
@@ -28,8 +28,6 @@ FIGURES = ("layers", "load", "loss", "over_rounds", "over_sparsity", "stages", "
 Column = npt.NDArray[np.float64]
 # From here on bars stand side by side with an index below them instead of a name beside each.
 NAMED_LAYERS = 32
-# A wider curve than this has more points than its figure has pixels.
-CURVE_POINTS = 400
 
 
 def over_sparsity(report: Report) -> str:
@@ -165,44 +163,6 @@ def layers(report: Report) -> str:
     return svg("layers", "sparsity of each layer", draw, width=900, height=height)
 
 
-def loss(report: Report) -> str:
-    """The training loss over steps, the rounds told apart by shading; long curves as mean and range of their parts."""
-    points = [p for p in report["curve"] if p["loss"] is not None and math.isfinite(p["loss"])]
-    if len(points) < 2:
-        return ""
-    steps = np.array([p["step"] for p in points], dtype=float)
-    if (np.diff(steps) < 0).any():  # steps that start again with each stage
-        steps = np.arange(len(points), dtype=float)
-    values = np.array([p["loss"] for p in points], dtype=float)
-    starts = [0, *(i for i in range(1, len(points)) if _part(points[i]) != _part(points[i - 1])), len(points)]
-
-    def draw(figure: Figure) -> None:
-        axes = figure.subplots()
-        axes.set_title("training loss", pad=20 if len(starts) > 2 else 8)
-        axes.set_xlabel("step")
-        if values.min() > 0 and values.max() > 100 * values.min():
-            axes.set_yscale("log")
-            axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-            axes.yaxis.set_minor_formatter(NullFormatter())
-        edges = [steps[0], *(steps[i] for i in starts[1:-1]), steps[-1]]
-        for number, (first, stop) in enumerate(pairwise(starts)):
-            buckets = max(2, CURVE_POINTS * (stop - first) // len(points))
-            x, low, mean, high = thinned(steps[first:stop], values[first:stop], buckets)
-            if stop - first > buckets:
-                axes.fill_between(x, low, high, color=PRUNED, alpha=0.18, linewidth=0)
-            axes.plot(x, mean, color=PRUNED, linewidth=1.3, marker="o" if stop - first == 1 else "")
-            if number % 2:
-                axes.axvspan(edges[number], edges[number + 1], color=BAND, linewidth=0, zorder=0)
-            if edges[number + 1] - edges[number] > 0.055 * (edges[-1] - edges[0]):
-                middle = (edges[number] + edges[number + 1]) / 2
-                note(axes, _part_name(points[first]), (middle, 1), ("data", "axes fraction"), (0, 3), ha="center")
-        axes.margins(x=0.01)
-        axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=8))
-
-    return svg("loss", "training loss over steps", draw, width=900, height=270)
-
-
 def weights(report: Report) -> str:
     """Histograms of the prunable weights: all of the dense network, and the survivors."""
     edges = np.array(report["histograms"]["edges"], dtype=float)
@@ -290,31 +250,6 @@ def _columns(axes: Axes, heights: Column, bottom: Column | None = None, **style:
     else:
         edges = np.arange(len(heights) + 1) - 0.5
         axes.stairs(base + heights, edges, baseline=base, fill=True, linewidth=0, **style)
-
-
-def thinned(x: Column, y: Column, buckets: int) -> tuple[Column, Column, Column, Column]:
-    """A curve in at most `buckets` points: x, and the lowest, mean and highest y around it; all 1-D float64.
-
-    Every spike stays within the range, which picking every n-th point would lose.
-    """
-    if len(x) <= buckets:
-        return x, y, y, y
-    cuts = np.linspace(0, len(x), buckets + 1).astype(int)
-    sizes = np.diff(cuts)
-    return (
-        np.add.reduceat(x, cuts[:-1]) / sizes,
-        np.minimum.reduceat(y, cuts[:-1]),
-        np.add.reduceat(y, cuts[:-1]) / sizes,
-        np.maximum.reduceat(y, cuts[:-1]),
-    )
-
-
-def _part(point: CurvePoint) -> tuple[str, int | None]:
-    return point["stage"], point["round"]
-
-
-def _part_name(point: CurvePoint) -> str:
-    return plain(point["stage"]) if not point["round"] else f"round {point['round']}"
 
 
 def _metric(evaluation: Evaluation, name: str) -> float | None:

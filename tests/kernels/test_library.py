@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from hpcprune import run
 from hpcprune.errors import HpcpruneError
+from hpcprune.narration import kernels_of
 from hpcprune.native.library import describe, library
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -119,11 +119,11 @@ def test_a_path_that_there_is_not_is_refused(tmp_path: Path, monkeypatch: pytest
 def test_a_run_says_which_kernels_it_has_why_and_what_chooses_others(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HPCPRUNE_NATIVE", "numpy")
     on_the_cpu = "kernels numpy: forced by HPCPRUNE_NATIVE; HPCPRUNE_NATIVE=numpy|portable|avx2|avx512 forces others"
-    assert run._kernels(torch.device("cpu")) == on_the_cpu
+    assert kernels_of(torch.device("cpu")) == on_the_cpu
     monkeypatch.setenv("HPCPRUNE_CUDA", "off")
     asked = []
     monkeypatch.setattr(torch.cuda, "device", lambda device: asked.append(device) or nullcontext())
-    assert run._kernels(torch.device("cuda", 1)) == (
+    assert kernels_of(torch.device("cuda", 1)) == (
         f"{on_the_cpu}; on the GPU none: turned off by HPCPRUNE_CUDA=off; HPCPRUNE_CUDA=off takes none, "
         "HPCPRUNE_CUDA=FILE another one"
     )
