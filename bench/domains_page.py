@@ -145,7 +145,8 @@ def part(results: Results, domain: Domain) -> Iterator[str]:
     yield " ".join(told.partition("\n\n")[0].split())
     yield f"{first.parameters:,} parameters, {first.prunable:,} of them prunable;"
     yield f"{count(len(seeds), 'seed')}, on {count(first.ranks, 'rank')} ({where}):"
-    yield f"`python bench/domains.py --jobs {domain.name} --seeds {len(seeds)} --ranks {first.ranks}`\n"
+    given = f" (with {' '.join(f'`{each}`' for each in domain.given)})" if domain.given else ""
+    yield f"`python bench/domains.py --jobs {domain.name} --seeds {len(seeds)} --ranks {first.ranks}`{given}\n"
     yield from table.lines()
     yield ""
     yield from table.kept()

@@ -42,8 +42,9 @@ def packing_pays(masks: Masks, begin: Callable[[bool], Trainer], model: nn.Modul
     packed, whole = world.allreduce(np.array(fastest), "packing: break-even", op="max").tolist()
     pays = packed <= MARGIN * whole
     return pays, (
-        f"{'survivors are packed' if pays else 'all gradients are sent'}: at density {masks.density:.2f} a step takes "
-        f"{packed * 1e3:.1f} ms packed and {whole * 1e3:.1f} ms whole"
+        f"{'survivors are packed' if pays else 'all gradients are sent'}: with {masks.density:.0%} of what is prunable "
+        f"left a step takes {packed * 1e3:.1f} ms packed and {whole * 1e3:.1f} ms whole"
+        f"{', which is too near to tell' if pays and packed > whole else ''}"
     )
 
 

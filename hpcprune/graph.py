@@ -1,8 +1,8 @@
 """A graph whose edges can be pruned, beside the weights of the network that passes messages along them.
 
 It is a module with one parameter: a number for each edge, 1 at first, a mask that training learns beside the weights.
-So whatever can score weights can score edges. An edge whose number is 0 is pruned: it is left out of what the network
-is given, and costs nothing any more.
+An edge whose number is 0 is pruned: it is left out of what the network is given, and costs nothing any more. A number
+below 0 says that the edge does harm, and more so the further: it is no magnitude.
 
 Chen et al., "A Unified Lottery Ticket Hypothesis for Graph Neural Networks", 2021, https://arxiv.org/abs/2102.06790.
 There the edges' messages are multiplied with their numbers until these are cut to 0 and 1 in the end. Here they are
@@ -70,12 +70,9 @@ class Graph(nn.Module):
         self.weight = nn.Parameter(torch.ones(len(keys)))
 
     def forward(self) -> tuple[Tensor, Tensor]:
-        """The edges that survive: edge_index, [2, directions], and 1 for each, [directions], whose gradient is learned.
-
-        A number below 0 learns no more: it says that the edge does harm, and a larger magnitude would say the contrary.
-        """
+        """The edges that survive: edge_index, [2, directions], and a 1 for each whose gradient is learned."""
         left = (self.weight != 0)[self.of_direction]
-        learned = self.weight.clamp(min=0)[self.of_direction[left]]
+        learned = self.weight[self.of_direction[left]]
         return self.edge_index[:, left], 1 + (learned - learned.detach())
 
     @property

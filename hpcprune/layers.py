@@ -169,5 +169,6 @@ def _embedded(model: nn.Module) -> Iterator[nn.Parameter]:
 
 
 def _no_layers(model: nn.Module) -> str:
-    kinds = sorted({type(module).__name__ for module in model.modules() if module is not model})
-    return f"{type(model).__name__} has no linear, convolutional or recurrent layer (it has: {', '.join(kinds) or '-'})"
+    kinds = sorted({type(module).__name__ for module in model.modules() if not [*module.children()]})
+    text = f"{type(model).__name__} has no linear, convolutional or recurrent layer (it has: {', '.join(kinds)})"
+    return f"{text}; embeddings are prunable with prune.embeddings: true" if [*_embedded(model)] else text

@@ -77,7 +77,7 @@ def _scores(
     """The scores of all edges of all ranks."""
     own = [score(parameters, masks.layers[s.layer], s, target, statistic).double() for s in shards[world.rank]]
     flat = np.concatenate([np.empty(0), *(each.cpu().numpy() for each in own)])
-    line = np.concatenate(world.gather_arrays(np.abs(flat) if target.criterion.absolute else flat, "scores of edges"))
+    line = np.concatenate(world.gather_arrays(flat, "scores of edges"))
     edges = np.cumsum([layer.weights for layer in masks.layers])
     return dict(zip((layer.name for layer in masks.layers), np.split(line, edges[:-1]), strict=True))
 

@@ -148,9 +148,12 @@ def _of_gguf(source: Path) -> PreTrainedModel:
     from transformers.modeling_gguf_pytorch_utils import TENSOR_PROCESSORS, TensorProcessor, get_gguf_hf_weights_map
 
     try:
+        with source.open("rb") as file:
+            if not b"GGUF".startswith(file.read(4)):
+                raise WeightsError(f"{source}: no GGUF file, as it does not begin with GGUF; give another file")
         reader = GGUFReader(source)
-    except (ValueError, IndexError, KeyError, OSError) as error:
-        raise WeightsError(f"{source}: not a whole GGUF file ({error}): {AGAIN}") from None
+    except (ValueError, IndexError, KeyError, OSError):  # they speak of arrays inside the reader
+        raise WeightsError(f"{source}: not a whole GGUF file: {AGAIN}") from None
     config = AutoConfig.from_pretrained(**_place(source))
     with no_init_weights():
         model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, trust_remote_code=False)

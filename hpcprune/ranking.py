@@ -91,11 +91,16 @@ def score(
     target: Target,
     statistic: Gathered | None,
 ) -> torch.Tensor:
-    """A score for each number of a span that this rank owns; `criterion.absolute` says whether magnitudes count."""
+    """A score for each number of a span that this rank owns; `absolute` says whether magnitudes count."""
     gathered, numbers = None if statistic is None else statistic(span), parameters[layer.name]
-    if layer.kind == "edges":
-        numbers = numbers.detach().clamp(min=0)  # below 0 an edge does harm, and more so the further
+    if layer.kind == "edges" and target.criterion.looks_at == "loss":
+        numbers = torch.ones_like(numbers)  # what its messages are multiplied with, whatever was learned
     return target.criterion.scores(Piece(layer, span, numbers, gathered, target.seed))
+
+
+def absolute(masks: Masks, target: Target) -> bool:
+    """Whether the magnitudes of scores count; masks are of one kind of thing."""
+    return any(layer.kind in target.criterion.absolute for layer in masks.layers)
 
 
 _Selected = tuple[list[Bits], dict[str, Threshold]]
@@ -110,7 +115,7 @@ def _rows(
     world: World,
 ) -> _Selected:
     layers, sparsities = masks.layers, target.of_layers(masks.layers)
-    scores = (piece.abs() for piece in pieces) if target.criterion.absolute else pieces
+    scores = (piece.abs() for piece in pieces) if absolute(masks, target) else pieces
     widths = [layers[span.layer].row for span in own]
     names = [layers[span.layer].name for span in own]
     return select_in_rows(scores, before, widths, [sparsities[span.layer] for span in own], names, world), {}
@@ -129,7 +134,7 @@ def _groups(
     left = [p if bits is None else survivors_of(p, bits) for p, bits in zip(pieces, before, strict=True)]
     groups, counts = _rank_together(masks, own, left, target)
     names = [[layers[span.layer].name for span in own]] if everywhere else [[layer.name] for layer in layers]
-    selected = select_survivors(groups, counts, world, absolute=target.criterion.absolute, names=names)
+    selected = select_survivors(groups, counts, world, absolute=absolute(masks, target), names=names)
     bits = [packed for _, group in selected for packed in group]
     found = [new if old is None else _deposit(new, old) for new, old in zip(bits, before, strict=True)]
     return found, {layer.name: selected[0 if everywhere else number][0] for number, layer in enumerate(layers)}

@@ -278,14 +278,16 @@ class Run:
         start = time.perf_counter()
         self.journal.stage("evaluate", self.ledger, self._sparsity)
         task, data = self.prepared.task, self.prepared.data
-        if when == "retrained" and not self.prepared.retrain.steps:
+        known = when == "retrained" and not self.prepared.retrain.steps
+        if known:
             metrics = self.ledger.evaluations[-1]["metrics"]  # those of the pruned network, which is still the same
         else:
             metrics = evaluate(task, self.model, data.test, self.job.evaluate.batch_size, self.world)
         seconds = time.perf_counter() - start
         graph = graph_left(self.model, self.masks)
         self.journal.evaluation(self.ledger, when, self._sparsity, graph, metrics, seconds)
-        self.display.say(f"{self._name}: {when}: {evaluated(task, metrics)}")
+        if not known:
+            self.display.say(f"{self._name}: {when}: {evaluated(task, metrics)}")
 
     def _complete_round(self) -> None:
         self.ledger.complete = True

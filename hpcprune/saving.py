@@ -141,8 +141,11 @@ class Saver:
         known = {"sparsity": masks.of("weights").sparsity, "mask_hash": masks.hash, "history": ledger.evaluations}
         about = {**self._about, **known, **more}
         attributes: dict[str, dict[str, str | float]] = {}
-        for layer in masks.layers if masks.nonzeros < masks.weights else ():
+        for layer in masks.layers:
+            found = attributes[layer.name] = {} if layer.kind == "weights" else {"kind": layer.kind}
             threshold = ledger.thresholds.get(layer.name)  # of rows there is none
-            attributes[layer.name] = {"criterion": self._job.prune.criteria[layer.kind].name}
-            attributes[layer.name] |= {} if threshold is None else {"threshold": threshold}
+            if masks.nonzeros < masks.weights:
+                found["criterion"] = self._job.prune.criteria[layer.kind].name
+            if threshold is not None:
+                found["threshold"] = threshold
         return snapshot(self._model, masks, about, attributes, optimizer, own_buffers(self._model), own)

@@ -76,7 +76,8 @@ def test_everything_is_sent_only_where_that_is_clearly_faster(packed: float, pay
     what = "survivors are packed" if pays else "all gradients are sent"
     assert decide(packed, 0.1) == (
         pays,
-        f"{what}: at density 0.50 a step takes {packed * 1e3:.1f} ms packed and 100.0 ms whole",
+        f"{what}: with 50% of what is prunable left a step takes {packed * 1e3:.1f} ms packed and 100.0 ms whole"
+        f"{', which is too near to tell' if 0.1 < packed < 0.1 * MARGIN else ''}",
     )
 
 

@@ -254,7 +254,7 @@ VALUES = [
     (
         "prune.graph.criterion",
         "l1",
-        '"l1" is not one of magnitude, lamp, random, sensitivity, snip, fisher, movement, ',
+        '"l1" is not one of magnitude, random, sensitivity, snip, fisher, attention',
     ),
     ("prune.scope", "globl", '"globl" is not one of global, layer, row; did you mean global?'),
     ("prune.layers", "{1.5: 0.5}", '{"1.5": 0.5} is not a mapping of texts, each to a number in [0, 1)'),

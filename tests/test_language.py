@@ -189,8 +189,11 @@ def test_files_that_are_cut_short_are_named(saved: Path, tmp_path: Path) -> None
         content = file.read_bytes()
         for share in (0.001, 0.02, 0.5, 0.999):
             file.write_bytes(content[: int(len(content) * share)])
-            with pytest.raises(WeightsError, match=rf"{file}: not a whole .* file .*; copy or download it again"):
+            with pytest.raises(WeightsError, match=rf"{file}: not a whole .* file.*: cut short or damaged; copy or"):
                 load_model(opened)
+    (tmp_path / "net.gguf").write_text("words and no model")
+    with pytest.raises(WeightsError, match=r"net.gguf: no GGUF file, as it does not begin with GGUF"):
+        load_model(tmp_path / "net.gguf")
 
 
 def test_what_is_no_model_is_refused_with_what_to_do(saved: Path, tmp_path: Path) -> None:

@@ -438,7 +438,7 @@ def verdicts(report: Report) -> dict[str, str]:
         ("bytes_memory", "memory of the model", 1.0, "not smaller", True),
         ("seconds_per_epoch", "time an epoch", 0.5, "faster", False),
         ("flops", "FLOPs a sample", 1.0, "not fewer", True),
-        ("nonzeros", "all parameters", 0.4, "fewer", False),
+        ("nonzeros", "parameters but zeros", 0.4, "fewer", False),
     ],
 )
 def test_verdicts(key: str, label: str, ratio: float, verdict: str, listed: bool) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import bisect
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -172,13 +173,11 @@ def read_step(path: str | Path) -> StepState:
 
 @dataclass(frozen=True)
 class StepFacts:
-    """What was found while a step was checked."""
+    """What was found while a step was checked. layers: as the index describes them, and the shards have them."""
 
     step: int
     ranks: int
-    layers: int
-    weights: int
-    survivors: int
+    layers: Mapping[str, Outline]
     tensors: int
     bytes: int
 
@@ -189,9 +188,7 @@ def check_step(path: str | Path) -> StepFacts:
     return StepFacts(
         step=found.state.step,
         ranks=len(found.shards),
-        layers=len(found.outlines),
-        weights=sum(weights_of(outline.shape) for outline in found.outlines.values()),
-        survivors=sum(found.survivors.values()),
+        layers=found.outlines,
         tensors=len(found.tensors),
         bytes=sum(size + BLOCK for size, _ in found.shards),
     )

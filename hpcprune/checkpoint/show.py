@@ -14,6 +14,7 @@ from hpcprune.checkpoint.format import BLOCK, sparsity
 from hpcprune.checkpoint.pieces import Outline, Piece, open_tensor
 from hpcprune.checkpoint.read import CheckpointFile, open_checkpoint
 from hpcprune.checkpoint.steps import INDEX
+from hpcprune.checkpoint.totals import by_kind
 
 __all__ = ["show"]
 
@@ -126,9 +127,7 @@ def _show_layers(console: Console, file: CheckpointFile) -> None:
         table.add_column(column, justify="right")
     for column in extra:
         table.add_column(_plain(column))
-    total = [0, 0]
     for name, layer in layers:
-        total = [total[0] + layer.weights, total[1] + layer.survivors]
         table.add_row(
             _plain(name),
             " x ".join(map(str, layer.shape)) or "scalar",
@@ -136,9 +135,10 @@ def _show_layers(console: Console, file: CheckpointFile) -> None:
             *_counts(layer.weights, layer.survivors),
             *(_plain(_cell(layer.attributes.get(column))) for column in extra),
         )
-    if len(layers) > 1:
+    weights, _ = by_kind(layer for _, layer in layers)
+    if weights.layers > 1:
         table.add_section()
-        table.add_row("all layers", "", "", *_counts(*total))
+        table.add_row("all layers of weights", "", "", *_counts(weights.weights, weights.survivors))
     console.print()
     console.print(table)
 

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import json
 import stat
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from hpcprune.checkpoint.format import BLOCK, sparsity
-from hpcprune.checkpoint.pieces import check_tensor
+from hpcprune.checkpoint.format import BLOCK
+from hpcprune.checkpoint.pieces import Outline, Piece, check_tensor
 from hpcprune.checkpoint.read import open_checkpoint
 from hpcprune.checkpoint.resume import check_step
 from hpcprune.checkpoint.steps import INDEX, step_folders
+from hpcprune.checkpoint.totals import by_kind
 from hpcprune.errors import CheckpointError
 
 __all__ = ["Finding", "Report", "print_findings", "verify"]
@@ -126,16 +127,19 @@ def check_file(path: Path) -> list[str]:
             if file.block.kind == "model":
                 piece.require_whole()
             piece.check()
-        weights, survivors = (sum(getattr(piece, key) for piece in pieces) for key in ("weights", "survivors"))
-        lines.append(
-            f"{len(pieces)} layers, {weights:,} weights, sparsity {sparsity(survivors, weights):.2%}: masks, values "
-            f"and stated counts agree"
-        )
+        lines.append(f"{_totals(pieces)}: masks, values and stated counts agree")
         lines.append(_finite(sum(piece.nonfinite for piece in pieces)))
         nodes = [node for _, node in file.tensor_nodes()] + [node for _, node in file.members("own")]
         total = sum(check_tensor(node) for node in nodes)
         lines.append(f"{len(nodes)} other tensors, {total:,} bytes: types, shapes and values are as stated")
         return lines
+
+
+def _totals(layers: Iterable[Piece | Outline]) -> str:
+    """Of weights, and beside them of a graph's edges."""
+    weights, edges = by_kind(layers)
+    text = f"{weights.layers} layers, {weights.weights:,} weights, sparsity {weights.sparsity:.2%}"
+    return f"{text}; {edges.survivors:,} of {edges.weights:,} edges" if edges.layers else text
 
 
 def _finite(count: int) -> str:
@@ -146,6 +150,6 @@ def _check_step(path: Path) -> list[str]:
     facts = check_step(path)
     return [
         f"complete: the files of {facts.ranks} ranks, {facts.bytes:,} bytes, match the sha256 that the index gives",
-        f"{facts.layers} layers, {facts.weights:,} weights, sparsity {sparsity(facts.survivors, facts.weights):.2%}: "
-        f"the parts are whole, and masks, values and stated counts agree; {facts.tensors} other tensors are as stated",
+        f"{_totals(facts.layers.values())}: the parts are whole, and masks, values and stated counts agree; "
+        f"{facts.tensors} other tensors are as stated",
     ]

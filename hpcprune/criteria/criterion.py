@@ -61,8 +61,8 @@ class Criterion(ABC):
     of_values: ClassVar[bool] = True
     """Whether scores follow from the weights' values or gradients; if so, edges are scored by what was learned of
     them."""
-    absolute: ClassVar[bool] = False
-    """Whether the magnitudes of what `scores` gives count; they are taken on the fly and never stored."""
+    absolute: ClassVar[tuple[Kind, ...]] = ()
+    """Of which kinds the magnitudes of what `scores` gives count; they are taken on the fly and never stored."""
     looks_at: ClassVar[Literal["weights", "inputs", "loss", "training"]] = "weights"
     """What it must be given: nothing but the weights, samples to run the model on, their loss too, or what `follow`
     gave in the steps of the training before."""

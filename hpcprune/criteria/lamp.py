@@ -23,6 +23,7 @@ class Lamp(Criterion):
     """
 
     name = "lamp"
+    kinds = ("weights",)
 
     def scores(self, piece: Piece) -> Tensor:
         squares, order = piece.parameter.detach().reshape(-1).double().square().sort(stable=True)

@@ -16,10 +16,10 @@ __all__ = ["Magnitude"]
 
 
 class Magnitude(Criterion):
-    """|w|."""
+    """|w|; of an edge the number that was learned of it, as it is."""
 
     name = "magnitude"
-    absolute = True
+    absolute = ("weights",)
 
     def scores(self, piece: Piece) -> Tensor:
         return piece.weights

@@ -27,6 +27,7 @@ class Movement(Criterion):
     """
 
     name = "movement"
+    kinds = ("weights",)
     looks_at = "training"
 
     def follow(self, weights: Tensor, gradients: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from hpcprune.report.format import Report
 from hpcprune.report.units import as_bytes, as_count, as_metric, as_percent, as_seconds, plain
-from hpcprune.report.verdicts import findings, headline, metric_names, rows
+from hpcprune.report.verdicts import findings, headline, layers_of_weights, metric_names, rows
 from hpcprune.report.write import finite, write_text
 
 __all__ = ["render", "write_html"]
@@ -29,6 +29,7 @@ def write_html(report: Report, path: Path) -> None:
         headline=headline(report),
         rows=rows(report),
         findings=findings(report),
+        layers=layers_of_weights(report),
         figures=figures,
         metrics=metric_names(report),
         of_graph=list(report["evaluations"][0].get("graph", ())) if report["evaluations"] else [],

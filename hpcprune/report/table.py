@@ -25,7 +25,11 @@ def print_table(report: Report, console: Console) -> None:
     table.add_column("", no_wrap=True)
     for row in rows(report):
         style = {True: "green", False: "yellow", None: ""}[row.good]
-        table.add_row(*map(Text, row[:4]), Text(row.verdict, style=style))
+        verdict = Text(row.verdict, style=style)
+        if row.label.startswith("goal: "):  # as long as the user has written it
+            console.print(Text(f"{row.label} ({row.pruned}): ") + verdict, soft_wrap=True)
+        else:
+            table.add_row(*map(Text, row[:4]), verdict)
     console.print(table)
     console.print()
     kept = [f"{finding.what} {finding.ratio}" for finding in findings(report) if not finding.partly]

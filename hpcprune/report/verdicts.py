@@ -143,24 +143,28 @@ _WHY = {
     "prunable weights": "Nothing was pruned.",
     "edges": "None of the graph's edges was pruned.",
     "nodes with edges": "No node was pruned; those that are left without an edge lost the last one to its score.",
-    "all parameters": "Next to nothing was pruned.",
+    "parameters but zeros": "Next to nothing was pruned.",
     "file": "At this sparsity the masks (1 bit a weight) take what the pruned weights would have taken.",
     "memory of the model": "A layer that runs dense keeps its zeros in memory; only the file leaves them out.",
     "FLOPs a sample": "The weights that are multiplied with are still there.",
     "time a sample": "A layer that runs dense multiplies zeros too; the table of layers says what was tried.",
     "time an epoch": "Passes are dense without retrain.sparse; exchange and optimizer work on survivors alone.",
     "gradients sent a rank": "The survivors' gradients are as many as the dense ones.",
-    "on paper": "The survivors need no more than this, but the kernels that ran did not skip the zeros.",
+    "on paper": "The survivors need no more than this, but the kernels that ran did not skip the weights' zeros.",
     "masks": "Beside the survivors the file holds the masks (1 bit a weight) and all that is not prunable.",
-    "reuse": "More survivors lie where weights are used often (convolutions); the rest of the model counts whole.",
+    "reuse": "More survivors lie where weights are used more often in a sample; the rest of the model counts whole.",
     "left dense": "None of their weights scored below the threshold.",
 }
 
 
 def _of_sparse(report: Report) -> dict[str, str]:
-    """Why there is no faster network where nothing could run sparse."""
-    reason = (report["inference"]["sparse"] or {}).get("reason")
-    return {"time a sample": f"No layer was tried sparse: {reason}."} if reason else {}
+    """Why there is no faster network where no layer was tried sparse."""
+    if reason := (report["inference"]["sparse"] or {}).get("reason"):
+        return {"time a sample": f"No layer was tried sparse: {reason}."}
+    if all(layer["seconds_sparse"] is None for layer in report["layers"]):
+        never = "No layer was tried sparse: evaluate.sparse is never, or none is torch's own Linear or Conv2d."
+        return {"time a sample": never}
+    return {}
 
 
 def _costs(report: Report) -> dict[str, _Cost]:
@@ -170,7 +174,7 @@ def _costs(report: Report) -> dict[str, _Cost]:
         _Cost("prunable weights", *_weights(report), as_count, "count"),
         _Cost("edges", *_graph(report, "edges"), as_count, "count"),
         _Cost("nodes with edges", *_graph(report, "nodes"), as_count, "count"),
-        _Cost("all parameters", before["nonzeros"], after["nonzeros"], as_count, "count"),
+        _Cost("parameters but zeros", before["nonzeros"], after["nonzeros"], as_count, "count"),
         _Cost("file", before["bytes_disk"], after["bytes_disk"], as_bytes, "size"),
         _Cost("memory of the model", before["bytes_memory"], after["bytes_memory"], as_bytes, "size"),
         _Cost("FLOPs a sample", before["flops"], after["flops"], as_short, "count"),

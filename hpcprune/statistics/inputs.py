@@ -31,8 +31,8 @@ class InputEnergy:
             others = sorted({type(holder).__name__ for holder in holders if not _known(holder)})
             if others or not holders:
                 raise JobError(
-                    f"prune.criterion: a criterion of inputs scores Linear and Conv layers, and {layer.name} is "
-                    f"{' and '.join(others)}'s; exclude it (prune.exclude), or choose another criterion"
+                    f"prune.criterion: a criterion of inputs, as wanda is, scores Linear and Conv layers, and "
+                    f"{layer.name} is {' and '.join(others)}'s; exclude it (prune.exclude), or choose another criterion"
                 )
 
     def gather(self, calibration: Calibration, layers: Sequence[Layer], shards: Sequence[Sequence[Span]]) -> Gathered:
