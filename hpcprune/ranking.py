@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -91,11 +91,16 @@ def score(
     target: Target,
     statistic: Gathered | None,
 ) -> torch.Tensor:
-    """A score for each number of a span that this rank owns; `absolute` says whether magnitudes count."""
-    gathered, numbers = None if statistic is None else statistic(span), parameters[layer.name]
-    if layer.kind == "edges" and target.criterion.looks_at == "loss":
-        numbers = torch.ones_like(numbers)  # what its messages are multiplied with, whatever was learned
-    return target.criterion.scores(Piece(layer, span, numbers, gathered, target.seed))
+    """A score for each number of a span that this rank owns; `absolute` says whether magnitudes count.
+
+    An edge whose number was learned to be below 0 does harm: it goes before any that does not, the further the sooner.
+    """
+    gathered, numbers = None if statistic is None else statistic(span), parameters[layer.name].detach()
+    piece = Piece(layer, span, numbers, gathered, target.seed)
+    if layer.kind == "weights" or not target.criterion.of_values:
+        return target.criterion.scores(piece)
+    scores = target.criterion.scores(replace(piece, parameter=numbers.clamp(min=0)))
+    return torch.where(piece.weights < 0, piece.weights.to(scores.dtype), scores)
 
 
 def absolute(masks: Masks, target: Target) -> bool:

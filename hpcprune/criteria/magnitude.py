@@ -16,7 +16,7 @@ __all__ = ["Magnitude"]
 
 
 class Magnitude(Criterion):
-    """|w|; of an edge the number that was learned of it, as it is."""
+    """|w|."""
 
     name = "magnitude"
     absolute = ("weights",)
