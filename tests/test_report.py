@@ -562,6 +562,25 @@ def printed(report: Report, **settings: Any) -> str:
     return out.getvalue()
 
 
+def test_a_goal_is_printed_whole() -> None:
+    report: Any = sample()
+    text = "a metric with a long name >= dense - 0.0125"
+    report["goal"] = {"text": text, "metric": "accuracy", "bound": 0.9, "value": 0.91, "met": True}
+    assert f"goal: {text} (91.00 %): met" in printed(report)
+
+
+def test_where_no_layer_was_tried_sparse_the_page_says_so() -> None:
+    report: Any = sample()
+    report["costs"]["pruned"]["seconds_per_sample"] = report["costs"]["dense"]["seconds_per_sample"]
+    for layer in report["layers"]:
+        layer["seconds_sparse"] = None
+    whys = {finding.what: finding.why for finding in findings(report)}
+    assert whys["time a sample"].startswith("No layer was tried sparse: evaluate.sparse is never")
+    report["layers"][0]["seconds_sparse"] = 1e-3
+    whys = {finding.what: finding.why for finding in findings(report)}
+    assert "multiplies zeros too" in whys["time a sample"]
+
+
 def test_the_table_fits_80_columns_and_is_plain_off_a_terminal() -> None:
     report: Any = sample()
     report["evaluations"][0]["metrics"]["accuracy"] = 0.1

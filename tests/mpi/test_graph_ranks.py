@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import pickle
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,7 @@ from hpcprune.shards import deal, shards_of_kind
 from hpcprune.statistics import Calibration
 from hpcprune.task import build_model, load_task
 from hpcprune.world import World
+from tests.commands import Command
 from tests.conftest import ROOT, Launch
 from tests.mpi.test_run import assert_same_weights
 
@@ -95,7 +97,7 @@ def run(mpirun: Launch, out: Path, ranks: int, *more: str, **env: str) -> Any:
 
 
 def test_a_run_that_is_killed_goes_on_bit_for_bit_and_reports_graph_and_weights_apart(
-    mpirun: Launch, tmp_path: Path
+    mpirun: Launch, hpcprune: Command, tmp_path: Path
 ) -> None:
     by_gradient = "prune.graph.criterion=sensitivity"
     whole = run(mpirun, tmp_path / "whole", 2, by_gradient)
@@ -123,7 +125,11 @@ def test_a_run_that_is_killed_goes_on_bit_for_bit_and_reports_graph_and_weights_
     assert last["graph"] == {"edges": 1 - 321 / 401, "nodes": 1 - nodes / 159}
     assert report["model"]["prunable"] == sum(report["histograms"]["dense"]) == 256
     assert sum(report["histograms"]["pruned"]) == 77
+    checked, shown = hpcprune("check", tmp_path / "run").out, hpcprune("show", tmp_path / "run/model.h5").out
+    assert checked.count("2 layers, 256 weights, sparsity 69.92%; 321 of 401 edges: ") >= 2, "the model, and steps"
+    assert re.search(r"all layers of weights +256 +77 +69\.92%", shown)
     page = (tmp_path / "run/report.html").read_text()
+    assert "of which 256 in 2 layers are prunable" in page
     assert all(each in page for each in ("nodes with edges", "77 of 256 prunable weights are left; 321 of 401 edges"))
     assert f"<td>69.92 %</td><td>19.95 %</td><td>{100 - 100 * nodes / 159:.2f} %</td>" in page
     layers = {layer["name"]: layer for layer in report["layers"]}
