@@ -139,12 +139,15 @@ class Runs(NamedTuple):
 
     def measure(self, domain: Domain, seed: int, first: int) -> None:
         """Make the runs of a seed that are missing. The best other criterion is that of seed `first`."""
-        while missing := self._missing(domain, seed, first):
+        failed: set[tuple[str, float]] = set()
+        while missing := [each for each in self._missing(domain, seed, first) if each not in failed]:
             criterion, sparsity = missing[0]
             if criterion != DENSE and not self._dense(domain, seed).is_file():
                 self.results.forget(domain, seed)  # for all are to prune one network
             elif not self._run(domain, seed, criterion, sparsity):
-                return
+                if criterion == DENSE:
+                    return
+                failed.add(missing[0])
 
     def _missing(self, domain: Domain, seed: int, first: int) -> list[tuple[str, float]]:
         """Criteria and sparsities. More may be missing after those: the others are tried before the best is known."""

@@ -152,7 +152,9 @@ def _of_gguf(source: Path) -> PreTrainedModel:
             if not b"GGUF".startswith(file.read(4)):
                 raise WeightsError(f"{source}: no GGUF file, as it does not begin with GGUF; give another file")
         reader = GGUFReader(source)
-    except (ValueError, IndexError, KeyError, OSError):  # they speak of arrays inside the reader
+    except OSError as error:
+        raise WeightsError(f"{source}: cannot be read: {error.strerror or error}") from None
+    except (ValueError, IndexError, KeyError):  # they speak of arrays inside the reader
         raise WeightsError(f"{source}: not a whole GGUF file: {AGAIN}") from None
     config = AutoConfig.from_pretrained(**_place(source))
     with no_init_weights():

@@ -91,7 +91,7 @@ def score(
     target: Target,
     statistic: Gathered | None,
 ) -> torch.Tensor:
-    """A score for each number of a span that this rank owns; `absolute` says whether magnitudes count.
+    """A score for each number of a span that this rank owns; `criterion.absolute` says of which kinds magnitudes count.
 
     An edge whose number was learned to be below 0 does harm: it goes before any that does not, the further the sooner.
     """
@@ -101,11 +101,6 @@ def score(
         return target.criterion.scores(piece)
     scores = target.criterion.scores(replace(piece, parameter=numbers.clamp(min=0)))
     return torch.where(piece.weights < 0, piece.weights.to(scores.dtype), scores)
-
-
-def absolute(masks: Masks, target: Target) -> bool:
-    """Whether the magnitudes of scores count; masks are of one kind of thing."""
-    return any(layer.kind in target.criterion.absolute for layer in masks.layers)
 
 
 _Selected = tuple[list[Bits], dict[str, Threshold]]
@@ -120,7 +115,7 @@ def _rows(
     world: World,
 ) -> _Selected:
     layers, sparsities = masks.layers, target.of_layers(masks.layers)
-    scores = (piece.abs() for piece in pieces) if absolute(masks, target) else pieces
+    scores = (piece.abs() for piece in pieces) if _absolute(masks, target) else pieces
     widths = [layers[span.layer].row for span in own]
     names = [layers[span.layer].name for span in own]
     return select_in_rows(scores, before, widths, [sparsities[span.layer] for span in own], names, world), {}
@@ -139,10 +134,15 @@ def _groups(
     left = [p if bits is None else survivors_of(p, bits) for p, bits in zip(pieces, before, strict=True)]
     groups, counts = _rank_together(masks, own, left, target)
     names = [[layers[span.layer].name for span in own]] if everywhere else [[layer.name] for layer in layers]
-    selected = select_survivors(groups, counts, world, absolute=absolute(masks, target), names=names)
+    selected = select_survivors(groups, counts, world, absolute=_absolute(masks, target), names=names)
     bits = [packed for _, group in selected for packed in group]
     found = [new if old is None else _deposit(new, old) for new, old in zip(bits, before, strict=True)]
     return found, {layer.name: selected[0 if everywhere else number][0] for number, layer in enumerate(layers)}
+
+
+def _absolute(masks: Masks, target: Target) -> bool:
+    """Whether the magnitudes of scores count; masks are of one kind of thing."""
+    return any(layer.kind in target.criterion.absolute for layer in masks.layers)
 
 
 def _rank_together(

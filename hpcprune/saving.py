@@ -143,9 +143,8 @@ class Saver:
         attributes: dict[str, dict[str, str | float]] = {}
         for layer in masks.layers:
             found = attributes[layer.name] = {} if layer.kind == "weights" else {"kind": layer.kind}
-            threshold = ledger.thresholds.get(layer.name)  # of rows there is none
             if masks.nonzeros < masks.weights:
+                threshold = ledger.thresholds.get(layer.name)  # of rows there is none
                 found["criterion"] = self._job.prune.criteria[layer.kind].name
-            if threshold is not None:
-                found["threshold"] = threshold
+                found |= {} if threshold is None else {"threshold": threshold}
         return snapshot(self._model, masks, about, attributes, optimizer, own_buffers(self._model), own)

@@ -11,7 +11,7 @@ INLINE void four_rows(const Column* column, const Value* value, int64_t length, 
     for (int n = 0; n < COUNT; ++n) sum[i][n] = load<Vector>(sums[i] + n * WIDTH);
   for (int64_t j = 0; j < length; ++j, column += GROUP, value += GROUP) {
     __builtin_prefetch(value + 1024);  // else up to 1.7 times slower where W does not fit the L2 cache
-    uint64_t columns = 0;
+    uint64_t columns = 0;              // of all four by one load, since it is loads that this waits for
     std::memcpy(&columns, column, GROUP * sizeof(Column));
     for (int i = 0; i < GROUP; ++i) {
       const float* from = x + int64_t(Column(columns >> 8 * sizeof(Column) * i)) * SAMPLES;
